@@ -1,0 +1,144 @@
+"""Model configurations: plain frozen dataclasses that refuse values which cannot work.
+
+Source of the published values: torchscale BEiT-3, segment-anything, SAM 2 and EfficientSAM configurations.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from utils.errors import ModelError, nearest
+
+
+T = TypeVar("T")
+
+
+def _require(condition: bool, text: str) -> None:
+    if not condition:
+        raise ModelError(text)
+
+
+@dataclass(frozen=True)
+class BEiT3Config:
+    """BEiT-3, the early-fusion phrase and image encoder."""
+
+    width: int
+    """Channels of a token, D."""
+    layers: int
+    heads: int
+    mlp_width: int
+    vocab_size: int = 64010
+    image_size: int = 224
+    patch_size: int = 16
+    max_text_tokens: int = 1022
+
+    def __post_init__(self) -> None:
+        _require(self.width % self.heads == 0, f"encoder width {self.width} is not a multiple of {self.heads} heads")
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"encoder image_size {self.image_size} is not a multiple of patch_size {self.patch_size}",
+        )
+
+
+@dataclass(frozen=True)
+class SAMConfig:
+    """SAM: plain ViT with windows and decomposed relative positions."""
+
+    width: int
+    layers: int
+    heads: int
+    global_blocks: tuple[int, ...]
+    image_size: int = 1024
+    window_size: int = 14
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        _require(self.width % self.heads == 0, f"segmenter width {self.width} is not a multiple of {self.heads} heads")
+        _require(self.image_size % 16 == 0, f"segmenter image_size {self.image_size} is not a multiple of 16")
+
+
+@dataclass(frozen=True)
+class SAM2Config:
+    """SAM 2: Hiera backbone with a feature pyramid; `version` 2.1 adds two small tensors to the video memory."""
+
+    width: int
+    """Channels of the first stage; they double at each of the three later stages."""
+    heads: int
+    """Heads of the first stage; they double too."""
+    blocks: tuple[int, int, int, int]
+    global_blocks: tuple[int, ...]
+    windows: tuple[int, int, int, int]
+    position_size: int = 7
+    """Side of the background position table."""
+    version: str = "2.0"
+    image_size: int = 1024
+    has_video: bool = True
+    """Whether the memory modules and the object-score head are there: video tracking needs them, images do not."""
+
+    def __post_init__(self) -> None:
+        _require(self.version in ("2.0", "2.1"), f"SAM-2 version {self.version!r}: known are '2.0' and '2.1'")
+        _require(self.width % self.heads == 0, f"segmenter width {self.width} is not a multiple of {self.heads} heads")
+        _require(self.image_size % 32 == 0, f"segmenter image_size {self.image_size} is not a multiple of 32")
+
+
+@dataclass(frozen=True)
+class EfficientSAMConfig:
+    """EfficientSAM: a small plain ViT with global attention and its own mask decoder."""
+
+    width: int
+    heads: int
+    layers: int = 12
+    image_size: int = 1024
+
+    def __post_init__(self) -> None:
+        _require(self.width % self.heads == 0, f"segmenter width {self.width} is not a multiple of {self.heads} heads")
+        _require(self.image_size % 16 == 0, f"segmenter image_size {self.image_size} is not a multiple of 16")
+
+
+SegmenterConfig = SAMConfig | SAM2Config | EfficientSAMConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model: a segmenter, and an encoder where phrases are understood.
+
+    `segmenter_name` and `encoder_name` are the names of the YAML entries; they say which code builds the parts.
+    """
+
+    segmenter_name: str
+    family: str
+    segmenter: SegmenterConfig
+    encoder_name: str | None = None
+    encoder: BEiT3Config | None = None
+
+    @property
+    def name(self) -> str:
+        """Canonical registry name, for example `evf-sam2-hiera-tiny-base` or `sam-vit-b`."""
+        return f"evf-{self.segmenter_name}-{self.encoder_name}" if self.encoder_name else self.segmenter_name
+
+
+def from_mapping(kind: type[T], values: dict[str, Any], where: str) -> T:
+    """Build a dataclass from parsed YAML or JSON; lists become tuples, an unknown or missing key is an error.
+
+    Raises:
+        ModelError: the key, what is allowed, and where it was read.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in values:
+        if key not in fields:
+            raise ModelError(f"{where}: unknown key {key!r}. Known: {', '.join(fields)}.{nearest(key, fields)}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ModelError(f"{where}: missing key {', '.join(map(repr, missing))}")
+    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    for key, value in plain.items():
+        expected = fields[key].type
+        if expected is int and (not isinstance(value, int) or isinstance(value, bool) or value <= 0):
+            raise ModelError(f"{where}: {key} is {value!r}, needed is a positive whole number")
+    return kind(**plain)

@@ -1,0 +1,46 @@
+"""The one place that decides which attention kernel runs."""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@cache
+def has_flash_attention() -> bool:
+    """Return whether the optional flash-attn package can be imported."""
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def can_use_flash(query: Tensor) -> bool:
+    """Return whether flash-attn takes these tensors: CUDA, half precision, heads of at most 256 channels."""
+    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and has_flash_attention()
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, padding: Tensor | None = None) -> Tensor:
+    """Multi-head attention without projections, scaled by the head width to the power -1/2.
+
+    flash-attn runs where it is installed and able (nothing padded), else the kernel that torch picks.
+
+    Args:
+        query: [N, Q, D]; key, value: [N, K, D].
+        padding: bool [N, K], True where a key is padding and gets no weight; None where there is none.
+
+    Returns:
+        [N, Q, D].
+    """
+    query, key, value = (tokens.unflatten(2, (heads, -1)) for tokens in (query, key, value))
+    if padding is None and can_use_flash(query):
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(query, key, value).flatten(2)
+    mask = None if padding is None else ~padding[:, None, None, :]
+    attended = F.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
+    )
+    return attended.transpose(1, 2).flatten(2)

@@ -1,0 +1,1 @@
+"""Published checkpoint formats: key rules that run both ways, safe readers and writers."""

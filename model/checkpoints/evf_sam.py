@@ -1,0 +1,131 @@
+"""The published EVF-SAM folder: config.json, weights of the whole model, tokenizer files (hustvl/EVF-SAM)."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from configs.schema import BEiT3Config, EfficientSAMConfig, ModelConfig, SAM2Config, SAMConfig
+from utils.errors import CheckpointError
+
+from ..registry import find_config
+from .beit3 import BEIT3
+from .efficient_sam import EFFICIENT_SAM
+from .rules import Format, Section
+from .sam import SAM
+from .sam2 import SAM2_IN_EVF
+
+PROJECTOR = Format(
+    rules=((r"^fc1\.", "text_hidden_fcs.0.0."), (r"^fc2\.", "text_hidden_fcs.0.2.")),
+    parts=(("text_hidden_fcs.", "projector from phrase to prompt"),),
+)
+SEGMENTERS = {"sam": SAM, "sam2": SAM2_IN_EVF, "efficient_sam": EFFICIENT_SAM}
+SCALES = {
+    ("sam", 1280, 32): "huge",
+    ("sam2", 144, 48): "large",
+    ("sam2", 96, 12): "tiny",
+    ("efficient_sam", 384, 12): "small",
+    ("efficient_sam", 192, 12): "tiny",
+}
+"""(family, width, layers) -> the `sam_scale` that the published code can build."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def sections(family: str) -> tuple[Section, ...]:
+    """Return where the parts of an EVF checkpoint lie."""
+    return (
+        Section("segmenter.", "visual_model.", SEGMENTERS[family]),
+        Section("encoder.", "mm_extractor.", BEIT3),
+        Section("projector.", "", PROJECTOR),
+    )
+
+
+def depth_of(segmenter: SAMConfig | SAM2Config | EfficientSAMConfig) -> int:
+    """Return the number of transformer blocks of a segmenter's image encoder."""
+    return sum(segmenter.blocks) if isinstance(segmenter, SAM2Config) else segmenter.layers
+
+
+def family_of(keys: Mapping[str, object] | set[str], prefix: str) -> str | None:
+    """Return the segmenter family by key names below `prefix`, or None."""
+    if any(key.startswith(f"{prefix}sam_mask_decoder.") for key in keys):
+        return "sam2"
+    if any(key.startswith(f"{prefix}mask_decoder.final_output_upscaling_layers.") for key in keys):
+        return "efficient_sam"
+    if any(key.startswith(f"{prefix}mask_decoder.output_upscaling.") for key in keys):
+        return "sam"
+    return None
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    numbers = {int(match[1]) for key in shapes if (match := re.match(pattern, key))}
+    return max(numbers) + 1 if numbers else 0
+
+
+def segmenter_shape(shapes: Shapes, prefix: str, family: str) -> tuple[int, int]:
+    """Return (width, layers) of the segmenter's image encoder, (0, 0) where its tensors are absent."""
+    trunk = f"{prefix}image_encoder.trunk." if family == "sam2" else f"{prefix}image_encoder."
+    width = shapes.get(f"{trunk}patch_embed.proj.weight", (0,))[0]
+    return width, _count(shapes, re.escape(trunk) + r"blocks\.(\d+)\.")
+
+
+def detect(config: Mapping[str, Any], shapes: Shapes, source: str) -> ModelConfig:
+    """Return the architecture of a published checkpoint from its tensors; config.json alone is ambiguous.
+
+    Args:
+        config: the parsed config.json.
+        shapes: name -> shape of every tensor.
+        source: for messages.
+
+    Raises:
+        CheckpointError: not an EVF-SAM checkpoint, or config and tensors disagree.
+    """
+    scale = config.get("mm_extractor_scale")
+    if config.get("model_type") not in ("evf", None) or scale not in ("base", "large", "nano"):
+        raise CheckpointError(
+            f"{source}: config.json is not of EVF-SAM (model_type {config.get('model_type')!r}, "
+            f"mm_extractor_scale {scale!r}; needed 'evf' and 'base' or 'large')"
+        )
+    family = family_of(shapes, "visual_model.")
+    if family is None:
+        raise CheckpointError(
+            f"{source}: no SAM, SAM-2 or EfficientSAM mask decoder among its {len(shapes)} tensors. "
+            "The folder must hold the whole EVF-SAM model, not a part of it"
+        )
+    model = find_config(family, *segmenter_shape(shapes, "visual_model.", family), scale)
+    stated = config.get("sam_scale")
+    if stated is not None and stated != published_scale(model) and published_scale(model) is not None:
+        raise CheckpointError(
+            f"{source}: config.json says sam_scale {stated!r}, but the tensors are of {model.segmenter_name} "
+            f"({published_scale(model)!r}). Restore the checkpoint's own config.json"
+        )
+    if config.get("hidden_size", model.encoder.width) != model.encoder.width:
+        raise CheckpointError(
+            f"{source}: config.json says hidden_size {config['hidden_size']}, but BEiT-3 {scale} has "
+            f"{model.encoder.width}. Restore the checkpoint's own config.json"
+        )
+    return model
+
+
+def published_scale(model: ModelConfig) -> str | None:
+    """Return the published `sam_scale` of a model, None where the published code cannot build it."""
+    is_20 = not isinstance(model.segmenter, SAM2Config) or model.segmenter.version == "2.0"
+    return SCALES.get((model.family, model.segmenter.width, depth_of(model.segmenter))) if is_20 else None
+
+
+def published_config(model: ModelConfig) -> dict[str, Any]:
+    """Return the config.json that the published code reads.
+
+    Segmenters that it cannot build get their name as `sam_scale`; TextSAM reads them back, the published code refuses.
+    """
+    encoder: BEiT3Config = model.encoder
+    return {
+        "model_type": "evf",
+        "hidden_size": encoder.width,
+        "out_dim": 256,
+        "mm_extractor_scale": model.encoder_name,
+        "sam_scale": published_scale(model) or model.segmenter_name,
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }

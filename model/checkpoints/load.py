@@ -1,0 +1,349 @@
+"""From a hub id, folder, file or registry name to a model, strictly and without a second copy of the weights."""
+
+import dataclasses
+import importlib
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.schema import BEiT3Config, ModelConfig, SAM2Config, from_mapping
+from utils.errors import CheckpointError, ModelError
+from utils.files import write_json
+from utils.tokenizer import find_tokenizer
+
+from ..encoders.beit3 import BEiT3
+from ..evf import EVFModel
+from ..registry import FAMILIES, find_config, hub_id, list_models, model_config
+from . import evf_sam
+from .beit3 import BEIT3, PREFIX
+from .efficient_sam import EFFICIENT_SAM
+from .files import Checkpoint, read_json, write_bin_shards, write_safetensors
+from .rules import KeyMap, Section, check_keys, named_tensors
+from .sam import SAM
+from .sam2 import SAM2
+
+PLAIN = {"sam": SAM, "sam2": SAM2, "efficient_sam": EFFICIENT_SAM}
+"""Formats of the segmenters' own releases."""
+
+OUR_FORMAT = "textsam"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A resolved checkpoint: where it is, what it is."""
+
+    path: Path
+    checkpoint: Checkpoint
+    config: ModelConfig
+    sections: tuple[Section, ...] | None
+    """How its keys map to ours; None for our own folder, whose keys are ours."""
+
+
+def build_model(config: ModelConfig, **segmenter_options: bool) -> EVFModel:
+    """Build an architecture with fresh weights.
+
+    Under `torch.device("meta")` nothing is allocated; `fill_model` then puts the weights in place.
+    """
+    family = FAMILIES[config.family]
+    segmenter_class = getattr(importlib.import_module(f"model.segmenters.{family.module}"), family.class_name)
+    encoder = BEiT3(config.encoder) if config.encoder is not None else None
+    if encoder is not None and encoder.text_embed.weight.device.type != "meta":
+        encoder.init_weights()
+    return EVFModel(config, segmenter_class(config.segmenter, **segmenter_options), encoder).eval()
+
+
+def load_model(
+    source: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    pretrained: bool = True,
+    segmenter_checkpoint: str | Path | None = None,
+    encoder_checkpoint: str | Path | None = None,
+) -> EVFModel:
+    """Load a model.
+
+    Args:
+        source: a hub id, a folder in the published EVF-SAM layout, a folder of ours, a plain SAM, SAM-2 or EfficientSAM
+            file (a model without phrases), or a registry name.
+        device: where the weights go.
+        dtype: floating-point type of the weights; None keeps the file's.
+        pretrained: False builds a registry name with random weights.
+        segmenter_checkpoint: SAM .pth, SAM-2 .pt or EfficientSAM .pt for the segmenter of a registry name.
+        encoder_checkpoint: BEiT-3 .pth for the encoder of a registry name.
+
+    Returns:
+        the model in evaluation mode.
+
+    Raises:
+        ModelError: unknown name. CheckpointError: missing, unsafe, incomplete or ill-fitting weights.
+    """
+    device = torch.device(device)
+    if segmenter_checkpoint or encoder_checkpoint or not pretrained:
+        config = model_config(str(source))
+        model = _with_parts(config, segmenter_checkpoint, encoder_checkpoint)
+        return model.to(device=device, dtype=dtype)
+    resolved = resolve(source)
+    with torch.device("meta"):
+        model = build_model(resolved.config)
+    fill_model(model, resolved, device, dtype)
+    return model
+
+
+def resolve(source: str | Path) -> Source:
+    """Find a checkpoint and recognise what it is; nothing is read but headers.
+
+    Raises:
+        ModelError, CheckpointError: as `load_model`.
+    """
+    path = find_source(source)
+    if path.is_file():
+        return _plain_file(path)
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise CheckpointError(
+            f"{path} has no config.json. Needed is a folder in the published EVF-SAM layout "
+            "(config.json, weights, tokenizer), one that TextSAM wrote, or a weights file"
+        )
+    stated = read_json(config_file)
+    checkpoint = Checkpoint(path)
+    if stated.get("format") == OUR_FORMAT:
+        return Source(path, checkpoint, config_from_json(stated.get("model"), str(config_file)), None)
+    config = evf_sam.detect(stated, checkpoint.shapes, str(path))
+    config = _with_video(config, checkpoint, "visual_model.")
+    return Source(path, checkpoint, config, evf_sam.sections(config.family))
+
+
+def find_source(source: str | Path) -> Path:
+    """Return the local folder or file of a source; a hub id is downloaded, or taken from the hub's cache.
+
+    Raises:
+        ModelError: a registry name without published weights, or nothing of that name anywhere.
+    """
+    path = Path(source)
+    if path.exists():
+        return path
+    name = str(source)
+    if name in list_models():
+        repository = hub_id(name)
+        if repository is None:
+            raise ModelError(
+                f"{name} has no published weights. Pass a checkpoint folder, or load the architecture with "
+                "pretrained=False (random weights) or with segmenter_checkpoint= and encoder_checkpoint="
+            )
+        return _download(repository)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _download(name)
+    if "/" in name or name.endswith((".pth", ".pt", ".safetensors", ".bin")):
+        raise CheckpointError(f"no such checkpoint: {name}. Pass a folder, a file, a hub id or a name of list_models()")
+    model_config(name)  # raises with the nearest names
+    raise AssertionError(name)
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["config.json", "*.safetensors", "*.bin", "*.index.json", "*.model", "*.spm"]
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"no folder {repository!r} here, and the Hugging Face hub did not give it ({reason}). "
+            "Check the name or the connection, or pass the folder of a checkpoint you already have"
+        ) from None
+
+
+def _plain_file(path: Path) -> Source:
+    checkpoint = Checkpoint(path, entry="model")
+    family = evf_sam.family_of(checkpoint.shapes, "")
+    if family is None:
+        kind = "BEiT-3 weights: pass them as encoder_checkpoint of a registry name" if any(
+            name.startswith(PREFIX) for name in checkpoint.shapes
+        ) else "of no known format"
+        raise CheckpointError(f"{path} is {kind}. A model file is of SAM, SAM-2 or EfficientSAM; a folder of EVF-SAM")
+    config = find_config(family, *evf_sam.segmenter_shape(checkpoint.shapes, "", family), None)
+    config = _with_video(config, checkpoint, "")
+    return Source(path, checkpoint, config, (Section("segmenter.", "", PLAIN[family]),))
+
+
+def _with_video(config: ModelConfig, checkpoint: Checkpoint, prefix: str) -> ModelConfig:
+    """Return the configuration with the SAM-2 version and video parts that the tensors show."""
+    if not isinstance(config.segmenter, SAM2Config):
+        return config
+    version = "2.1" if f"{prefix}no_obj_embed_spatial" in checkpoint.shapes else "2.0"
+    has_video = any(name.startswith(f"{prefix}memory_") for name in checkpoint.shapes)
+    if not has_video:
+        logger.info("%s has no SAM-2 memory: images work, video does not", checkpoint.source)
+    if version != config.segmenter.version:
+        name = config.segmenter_name.replace("sam2-", "sam2.1-")
+        config = dataclasses.replace(config, segmenter_name=name)
+    segmenter = dataclasses.replace(config.segmenter, version=version, has_video=has_video)
+    return dataclasses.replace(config, segmenter=segmenter)
+
+
+def fill_model(model: nn.Module, source: Source, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Put a checkpoint's tensors into a model that was built on the meta device.
+
+    Raises:
+        CheckpointError: a missing, extra or mis-shaped tensor.
+    """
+    targets = named_tensors(model)
+    sections = source.sections or (Section("", "", evf_sam.Format(())),)
+    key_map = KeyMap(targets, sections)
+    fill_tensors(model, targets, key_map, source.checkpoint, device, dtype)
+    model.segmenter.restore_buffers()
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise RuntimeError(f"buffer {name} was neither stored nor restored")
+        if buffer.device != device:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, buffer.to(device))
+
+
+def fill_tensors(
+    model: nn.Module,
+    targets: dict[str, Tensor],
+    key_map: KeyMap,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> None:
+    """Check names and shapes of a whole checkpoint first, then assign every tensor.
+
+    Raises:
+        CheckpointError: a missing, extra or mis-shaped tensor.
+    """
+    source = str(checkpoint.source)
+    check_keys(key_map, checkpoint.shapes, source)
+    wrong = []
+    for name, theirs in key_map.theirs.items():
+        expected = tuple(targets[name].shape)
+        for their in theirs:
+            needed = expected if len(theirs) == 1 else (1, *expected[1:])
+            if checkpoint.shapes[their] != needed:
+                wrong.append(f"{their} is {list(checkpoint.shapes[their])}, needed {list(needed)}")
+    if wrong:
+        raise CheckpointError(
+            f"{source} does not fit the model: {'; '.join(wrong)}. "
+            "Download the checkpoint again, or name the architecture it was made for"
+        )
+    state = {}
+    for name, theirs in key_map.theirs.items():
+        rows = [checkpoint.read(their, device, dtype) for their in theirs]
+        state[name] = rows[0] if len(rows) == 1 else torch.cat(rows)
+    grads = {name: tensor.requires_grad for name, tensor in targets.items()}
+    for name, tensor in state.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=grads[name])
+        else:
+            module._buffers[leaf] = tensor
+
+
+def _with_parts(config: ModelConfig, segmenter: str | Path | None, encoder: str | Path | None) -> EVFModel:
+    """Build a registry architecture with fresh weights and fill in the parts that have a checkpoint."""
+    if segmenter is not None:
+        part = _plain_file(_existing(segmenter))
+        if (part.config.family, part.config.segmenter_name) != (config.family, config.segmenter_name):
+            raise CheckpointError(
+                f"{segmenter} is {part.config.segmenter_name}, but {config.name} needs {config.segmenter_name}"
+            )
+        config = dataclasses.replace(config, segmenter=part.config.segmenter)
+    model = build_model(config)
+    cpu = torch.device("cpu")
+    if segmenter is not None:
+        targets = {f"segmenter.{name}": tensor for name, tensor in named_tensors(model.segmenter).items()}
+        fill_tensors(model, targets, KeyMap(targets, part.sections), part.checkpoint, cpu, None)
+    if encoder is not None:
+        if model.encoder is None:
+            raise ModelError(f"{config.name} has no encoder; encoder_checkpoint goes with a name such as evf-{config.name}-base")
+        checkpoint = Checkpoint(_existing(encoder), entry="model")
+        others = [name for name in checkpoint.shapes if not name.startswith(PREFIX)]
+        for name in others:
+            del checkpoint.shapes[name]
+        if others:
+            logger.info("%s: %d tensors beside %s* are other heads and stay unused", encoder, len(others), PREFIX)
+        targets = {f"encoder.{name}": tensor for name, tensor in named_tensors(model.encoder).items()}
+        key_map = KeyMap(targets, (Section("encoder.", "", BEIT3),))
+        fill_tensors(model, targets, key_map, checkpoint, cpu, None)
+    return model
+
+
+def _existing(path: str | Path) -> Path:
+    if not Path(path).is_file():
+        raise CheckpointError(f"no such checkpoint file: {path}. Check the path")
+    return Path(path)
+
+
+def config_to_json(config: ModelConfig) -> dict[str, Any]:
+    """Return the config.json of our own folder layout."""
+    return {"format": OUR_FORMAT, "version": 1, "name": config.name, "model": dataclasses.asdict(config)}
+
+
+def config_from_json(values: Any, where: str) -> ModelConfig:
+    """Return the architecture that our config.json describes.
+
+    Raises:
+        CheckpointError: a value is missing or unknown.
+    """
+    if not isinstance(values, dict) or values.get("family") not in FAMILIES:
+        raise CheckpointError(f"{where}: 'model' must be an object with 'family' one of {', '.join(FAMILIES)}")
+    try:
+        segmenter = from_mapping(FAMILIES[values["family"]].config, values["segmenter"], f"{where}, segmenter")
+        encoder = values.get("encoder") and from_mapping(BEiT3Config, values["encoder"], f"{where}, encoder")
+        return from_mapping(ModelConfig, {**values, "segmenter": segmenter, "encoder": encoder}, where)
+    except (ModelError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{where} cannot be read ({error}). Restore the file") from None
+
+
+def save_model(model: EVFModel, folder: str | Path, tokenizer: str | Path | None = None) -> None:
+    """Write a folder of ours: config.json, model.safetensors and, where given, the tokenizer."""
+    folder = Path(folder)
+    write_safetensors(folder / "model.safetensors", named_tensors(model))
+    _copy_tokenizer(tokenizer, folder)
+    write_json(folder / "config.json", config_to_json(model.config))
+
+
+def save_published(
+    model: EVFModel,
+    folder: str | Path,
+    tokenizer: str | Path | None = None,
+    bin_shard_bytes: int | None = None,
+) -> None:
+    """Write a folder in the published EVF-SAM layout, which the published code loads.
+
+    Args:
+        bin_shard_bytes: write pytorch_model-*.bin shards of at most this size; None writes model.safetensors.
+    """
+    folder = Path(folder)
+    tensors = named_tensors(model)
+    key_map = KeyMap(tensors, evf_sam.sections(model.config.family))
+    published: dict[str, Tensor] = {}
+    for name, theirs in key_map.theirs.items():
+        rows = [tensors[name]] if len(theirs) == 1 else tensors[name].split(1)
+        published.update(zip(theirs, rows, strict=True))
+    if bin_shard_bytes is None:
+        write_safetensors(folder / "model.safetensors", published)
+    else:
+        write_bin_shards(folder, published.items(), bin_shard_bytes)
+    _copy_tokenizer(tokenizer, folder)
+    write_json(folder / "config.json", evf_sam.published_config(model.config))
+
+
+def _copy_tokenizer(source: str | Path | None, folder: Path) -> None:
+    if source is None:
+        return
+    path = find_tokenizer(Path(source))
+    for file in (path, path.parent / "tokenizer_config.json", path.parent / "special_tokens_map.json"):
+        if file.is_file() and file.resolve() != (folder / file.name).resolve():
+            shutil.copyfile(file, folder / file.name)

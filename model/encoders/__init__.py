@@ -1,0 +1,1 @@
+"""Phrase encoders: a phrase and a small image in, one vector out."""

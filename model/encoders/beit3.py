@@ -1,0 +1,199 @@
+"""BEiT-3, the early-fusion encoder (arXiv 2208.10442; torchscale 0.2.0): one attention over image and phrase tokens.
+
+Every layer has two sets of weights, A for image tokens and B for text tokens; only the attention is joint. Each half
+runs on its own tokens. The model reads a single vector, the image-side [CLS], so the last layer computes only that.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs.schema import BEiT3Config
+from utils.errors import PromptError
+from utils.image import ImageSpec
+
+from ..attention import attend
+
+EPS = 1e-5
+POSITION_OFFSET = 2
+"""Both position tables start at row 2, as fairseq's do."""
+
+
+class Twin(nn.Module):
+    """Two modules of one shape: `A` for image tokens, `B` for text tokens."""
+
+    def __init__(self, a: nn.Module, b: nn.Module) -> None:
+        super().__init__()
+        self.A, self.B = a, b
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply each to its own tokens: [N, V, D] and [N, T, D]."""
+        return self.A(image), self.B(text)
+
+
+def _norms(width: int) -> Twin:
+    return Twin(nn.LayerNorm(width, eps=EPS), nn.LayerNorm(width, eps=EPS))
+
+
+def _linears(width: int) -> Twin:
+    return Twin(nn.Linear(width, width), nn.Linear(width, width))
+
+
+class Attention(nn.Module):
+    """Joint attention with an inner layer norm over the concatenated heads (sub-LN)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (_linears(width) for _ in range(4))
+        self.inner_attn_ln = _norms(width)
+
+    def _keys_values(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = (torch.cat(proj(image, text), dim=1) for proj in (self.k_proj, self.v_proj))
+        return keys, values
+
+    def forward(self, image: Tensor, text: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Let every token attend to every token that is not padding.
+
+        Args:
+            image: [N, V, D], text: [N, T, D]; padding: bool [N, V + T], True at padding, or None.
+        """
+        query = torch.cat(self.q_proj(image, text), dim=1)
+        attended = attend(query, *self._keys_values(image, text), self.heads, padding)
+        return self.out_proj(*self.inner_attn_ln(*attended.split([image.shape[1], text.shape[1]], dim=1)))
+
+    def first_only(self, image: Tensor, text: Tensor, padding: Tensor | None) -> Tensor:
+        """Return only the output of the first image token, [N, 1, D]."""
+        query = self.q_proj.A(image[:, :1])
+        attended = attend(query, *self._keys_values(image, text), self.heads, padding)
+        return self.out_proj.A(self.inner_attn_ln.A(attended))
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU (in float32), layer norm, linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.ffn_layernorm = nn.LayerNorm(hidden, eps=EPS)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[N, T, D] to [N, T, D]."""
+        hidden = self.fc1(tokens)
+        return self.fc2(self.ffn_layernorm(F.gelu(hidden.float()).to(hidden.dtype)))
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer with twin weights."""
+
+    def __init__(self, config: BEiT3Config) -> None:
+        super().__init__()
+        self.self_attn_layer_norm = _norms(config.width)
+        self.self_attn = Attention(config.width, config.heads)
+        self.final_layer_norm = _norms(config.width)
+        self.ffn = Twin(*(FeedForward(config.width, config.mlp_width) for _ in range(2)))
+
+    def forward(self, image: Tensor, text: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[N, V, D], [N, T, D] to the same."""
+        image_out, text_out = self.self_attn(*self.self_attn_layer_norm(image, text), padding)
+        image, text = image + image_out, text + text_out
+        image_out, text_out = self.ffn(*self.final_layer_norm(image, text))
+        return image + image_out, text + text_out
+
+    def first_only(self, image: Tensor, text: Tensor, padding: Tensor | None) -> Tensor:
+        """Return only the first image token, [N, 1, D]."""
+        first = image[:, :1] + self.self_attn.first_only(*self.self_attn_layer_norm(image, text), padding)
+        return first + self.ffn.A(self.final_layer_norm.A(first))
+
+
+class VisionEmbedding(nn.Module):
+    """Patch embedding with a class token. `mask_token` is unused; published checkpoints hold it."""
+
+    def __init__(self, config: BEiT3Config) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, S, S] to [B, 1 + (S/p)^2, D]."""
+        patches = self.proj(pixels).flatten(2).transpose(1, 2)
+        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+
+
+class BEiT3(nn.Module):
+    """BEiT-3 base, large or any other size."""
+
+    def __init__(self, config: BEiT3Config) -> None:
+        super().__init__()
+        self.config = config
+        self.image_spec = ImageSpec(
+            size=config.image_size, resize="square", filter="torch-bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, scale=1.0
+        )
+        image_tokens = (config.image_size // config.patch_size) ** 2 + 1
+        self.text_embed = nn.Embedding(config.vocab_size, config.width)
+        self.vision_embed = VisionEmbedding(config)
+        self.positions = Twin(
+            nn.Embedding(image_tokens + POSITION_OFFSET, config.width),
+            nn.Embedding(config.max_text_tokens + POSITION_OFFSET, config.width),
+        )
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = _norms(config.width)
+
+    def init_weights(self) -> None:
+        """Initialise for training from scratch, as the published wrapper does."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.text_embed.weight, std=self.config.width**-0.5)
+
+    def embed(
+        self, pixels: Tensor, ids: Tensor, padding: Tensor | None, image_index: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return image tokens [N, V, D], text tokens [N, T, D] and the key padding [N, V + T] or None."""
+        if ids.shape[1] > self.config.max_text_tokens:
+            raise PromptError(f"phrase of {ids.shape[1]} tokens; the encoder takes {self.config.max_text_tokens}")
+        image = self.vision_embed(pixels)
+        image = image + self.positions.A.weight[POSITION_OFFSET : POSITION_OFFSET + image.shape[1]]
+        if image_index is not None:
+            image = image.index_select(0, image_index)
+        elif len(image) != len(ids):
+            image = image.expand(len(ids), -1, -1)
+        text = self.text_embed(ids) + self.positions.B.weight[POSITION_OFFSET : POSITION_OFFSET + ids.shape[1]]
+        if padding is None:
+            return image, text, None
+        text = text.masked_fill(padding[..., None], 0.0)
+        keep = padding.new_zeros(len(ids), image.shape[1])
+        return image, text, torch.cat([keep, padding], dim=1)
+
+    def forward(
+        self, pixels: Tensor, ids: Tensor, padding: Tensor | None = None, image_index: Tensor | None = None
+    ) -> Tensor:
+        """Fuse phrases with their images and return the [CLS] vector.
+
+        Args:
+            pixels: float [B, 3, S, S], made by `image_spec`.
+            ids: int64 [N, T].
+            padding: bool [N, T], True at padding; None where there is none.
+            image_index: int64 [N], the image of each phrase; None where N = B or B = 1.
+
+        Returns:
+            float [N, D].
+
+        Raises:
+            PromptError: the phrase has more tokens than the position table.
+        """
+        image, text, key_padding = self.embed(pixels, ids, padding, image_index)
+        for layer in self.layers[:-1]:
+            image, text = layer(image, text, key_padding)
+        return self.norm.A(self.layers[-1].first_only(image, text, key_padding))[:, 0]
+
+    def forward_all(
+        self, pixels: Tensor, ids: Tensor, padding: Tensor | None = None, image_index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the last layer's output of every token, [N, V, D] and [N, T, D]: the slow twin of `forward`."""
+        image, text, key_padding = self.embed(pixels, ids, padding, image_index)
+        for layer in self.layers:
+            image, text = layer(image, text, key_padding)
+        return self.norm(image, text)

@@ -1,0 +1,327 @@
+"""One image, many phrases: the image is encoded once, K phrases cost one encoder batch and one decoder call."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.errors import ModelError, PromptError
+from utils.image import ImageLike, ImageSpec, read_image
+from utils.masks import boxes_of_masks
+from utils.precision import choose_device
+from utils.tokenizer import PhraseTokenizer, semantic_phrase
+
+from .checkpoints.load import find_source, load_model
+from .evf import EVFModel
+from .types import ImageFeatures, Prompts
+
+MAX_PROMPTS = 32
+"""Prompts decoded in one call; more are done in several, so that memory stays bounded."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The masks of N prompts on one image.
+
+    * `masks`: bool [N, H, W]; `logits`: float32 [N, H, W], positive where the mask is.
+    * `scores`: float32 [N], the predicted IoU: 0..1 for SAM 2, roughly so for SAM and EfficientSAM.
+    * `boxes`: float32 [N, 4], x1 y1 x2 y2 in pixels around the mask, x2 and y2 exclusive, zeros where it is empty.
+    * `low_res`: float32 [N, 4h, 4w], to be given back as a mask prompt.
+    """
+
+    masks: np.ndarray
+    logits: np.ndarray
+    scores: np.ndarray
+    boxes: np.ndarray
+    low_res: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Image:
+    """What is kept of an image between phrases."""
+
+    size: tuple[int, int]
+    features: ImageFeatures
+    encoder_pixels: Tensor | None
+
+
+class ImagePredictor:
+    """Answers phrases, points and boxes about images.
+
+    Args:
+        model: in evaluation mode, on its device.
+        tokenizer: needed for phrases.
+        preprocessing: `inference` resizes as the published inference.py, `evaluation` as its eval.py.
+        threshold: a pixel is in the mask where its logit is above.
+    """
+
+    def __init__(
+        self,
+        model: EVFModel,
+        tokenizer: PhraseTokenizer | None = None,
+        preprocessing: Literal["inference", "evaluation"] = "inference",
+        threshold: float = 0.0,
+    ) -> None:
+        self.model, self.tokenizer, self.threshold = model, tokenizer, threshold
+        spec = model.segmenter.image_spec
+        self.image_spec: ImageSpec = spec.for_evaluation() if preprocessing == "evaluation" else spec
+        self._image: _Image | None = None
+
+    @torch.inference_mode()
+    def set_image(self, image: ImageLike) -> None:
+        """Read and encode an image; every later `predict` is about it.
+
+        Args:
+            image: path, Pillow image, or RGB array uint8 [H, W, 3].
+
+        Raises:
+            ImageError: the image cannot be used; the earlier one stays set.
+        """
+        self._image = self._encode([read_image(image)])[0]
+
+    def predict(
+        self,
+        phrases: str | Sequence[str] | None = None,
+        semantic: bool = False,
+        points: np.ndarray | Sequence | None = None,
+        labels: np.ndarray | Sequence | None = None,
+        boxes: np.ndarray | Sequence | None = None,
+        masks: np.ndarray | Tensor | None = None,
+    ) -> Prediction:
+        """Predict one mask per phrase, or per set of points, box or mask where there is no phrase.
+
+        Geometric prompts go with the phrases: one for all of them, or one each.
+
+        Args:
+            phrases: one phrase or K of them.
+            semantic: ask for everything of a class (multitask models): prefixes `[semantic] `.
+            points: x y in pixels of the original image, [P, 2] or [N, P, 2].
+            labels: 1 foreground, 0 background, [P] or [N, P]; default all 1.
+            boxes: x1 y1 x2 y2 in pixels of the original image, [4] or [N, 4].
+            masks: `low_res` logits of an earlier prediction, [4h, 4w] or [N, 4h, 4w].
+
+        Raises:
+            PromptError: no image set, no prompt, an empty or over-long phrase, shapes that do not fit, or a kind of
+                prompt that the segmenter has no weights for.
+        """
+        if self._image is None:
+            raise PromptError("no image set. Call set_image(image) first")
+        phrases = self._phrases(phrases, semantic)
+        prompts = self._prompts(points, labels, boxes, masks, len(phrases), self._image.size)
+        return self._predict([self._image], phrases, [0] * (len(phrases) or _count(prompts)), prompts)[0]
+
+    @torch.inference_mode()
+    def predict_batch(
+        self,
+        images: Sequence[ImageLike],
+        phrases: Sequence[str | Sequence[str]],
+        semantic: bool = False,
+        batch_size: int = 8,
+    ) -> list[Prediction]:
+        """Predict masks on many images; images and phrases go through the model in batches.
+
+        Args:
+            images: B of them, as in `set_image`.
+            phrases: for each image one phrase or several.
+            batch_size: images encoded together.
+
+        Raises:
+            PromptError: the counts differ, or a phrase is empty. ImageError: an image cannot be used.
+        """
+        if len(images) != len(phrases):
+            raise PromptError(f"{len(images)} images, but phrases for {len(phrases)}. Give one entry per image")
+        per_image = [self._phrases(entry, semantic) for entry in phrases]
+        if any(not entry for entry in per_image):
+            raise PromptError("an image without a phrase. Give each image at least one")
+        results: list[Prediction] = []
+        for start in range(0, len(images), batch_size):
+            encoded = self._encode([read_image(image) for image in images[start : start + batch_size]])
+            batch = per_image[start : start + batch_size]
+            index = [i for i, entry in enumerate(batch) for _ in entry]
+            results += self._predict(encoded, [phrase for entry in batch for phrase in entry], index, Prompts())
+        return results
+
+    def _encode(self, images: list[np.ndarray]) -> list[_Image]:
+        model = self.model
+        pixels = torch.stack([self.image_spec(image) for image in images])
+        features = model.segmenter.encode_image(pixels.to(model.device, model.dtype))
+        small = None
+        if model.encoder is not None:
+            dtype = model.encoder.vision_embed.proj.weight.dtype
+            small = torch.stack([model.encoder.image_spec(image) for image in images]).to(model.device, dtype)
+        return [
+            _Image(image.shape[:2], features[i], None if small is None else small[i : i + 1])
+            for i, image in enumerate(images)
+        ]
+
+    def _phrases(self, phrases: str | Sequence[str] | None, semantic: bool) -> list[str]:
+        listed = [] if phrases is None else [phrases] if isinstance(phrases, str) else list(phrases)
+        if listed and (self.model.encoder is None or self.tokenizer is None):
+            raise PromptError("this model has no phrase encoder or no tokenizer: give points or boxes instead")
+        for phrase in listed:
+            self.tokenizer.encode(phrase)
+        return [semantic_phrase(phrase) for phrase in listed] if semantic else listed
+
+    def _prompts(
+        self,
+        points: np.ndarray | Sequence | None,
+        labels: np.ndarray | Sequence | None,
+        boxes: np.ndarray | Sequence | None,
+        masks: np.ndarray | Tensor | None,
+        phrases: int,
+        size: tuple[int, int],
+    ) -> Prompts:
+        """Return checked prompts in the segmenter's pixels, all with the same count N."""
+        found = {}
+        if points is not None:
+            found["points"] = _with_batch(points, 3, "points", "[P, 2] or [N, P, 2]")
+            ones = np.ones(found["points"].shape[:2], np.int64)
+            found["labels"] = _with_batch(ones if labels is None else labels, 2, "labels", "[P] or [N, P]").long()
+            if found["labels"].shape[1] != found["points"].shape[1]:
+                raise PromptError(f"{found['points'].shape[1]} points, but {found['labels'].shape[1]} labels")
+            if not ((found["labels"] == 0) | (found["labels"] == 1)).all():
+                raise PromptError("labels must be 1 (foreground) or 0 (background)")
+        elif labels is not None:
+            raise PromptError("labels without points. Give points too")
+        if boxes is not None:
+            found["boxes"] = _with_batch(boxes, 2, "boxes", "[4] or [N, 4]")
+            if found["boxes"].shape[1] != 4:
+                raise PromptError(f"boxes have {found['boxes'].shape[1]} numbers; needed x1 y1 x2 y2")
+        if masks is not None:
+            found["masks"] = _with_batch(masks, 3, "masks", "[4h, 4w] or [N, 4h, 4w]")[:, None]
+        if not found:
+            if not phrases:
+                raise PromptError("nothing to look for. Give a phrase, points, a box or a mask")
+            return Prompts()
+        count = max(phrases, *(len(value) for value in found.values()))
+        for name, value in found.items():
+            if len(value) not in (1, count):
+                raise PromptError(f"{len(value)} {name} for {count} prompts. Give one for all, or one each")
+            found[name] = value.expand(count, *value.shape[1:])
+        if phrases not in (0, count):
+            raise PromptError(f"{phrases} phrases for {count} prompts. Give one of each for all, or one each")
+        return self._to_input(Prompts(**found), size)
+
+    def _to_input(self, prompts: Prompts, size: tuple[int, int]) -> Prompts:
+        resized = self.image_spec.resized_size(*size)
+        scale = torch.tensor([resized[1] / size[1], resized[0] / size[0]])
+        moved = {}
+        for name in ("points", "boxes", "masks", "labels"):
+            value = getattr(prompts, name)
+            if value is None:
+                continue
+            if name == "points":
+                value = value * scale
+            elif name == "boxes":
+                value = value * scale.repeat(2)
+            moved[name] = value.to(self.model.device, None if name == "labels" else self.model.dtype)
+            if name in ("points", "boxes"):
+                moved[name] = value.to(self.model.device)  # pixel positions stay float32: bf16 cannot count to 1024
+        return Prompts(**moved)
+
+    @torch.inference_mode()
+    def _predict(self, images: list[_Image], phrases: list[str], index: list[int], prompts: Prompts) -> list[Prediction]:
+        model = self.model
+        features = images[0].features if len(images) == 1 else _stack([image.features for image in images])
+        small = None if not phrases else torch.cat([image.encoder_pixels for image in images])
+        image_index = torch.tensor(index, device=model.device)
+        ids = padding = None
+        if phrases:
+            ids, padding = self.tokenizer(phrases)
+            padding = padding.to(model.device) if padding.any() else None
+            ids = ids.to(model.device)
+        sizes = [image.size for image in images]
+        full: list[list[Tensor]] = [[] for _ in images]
+        scores: list[Tensor] = []
+        low_res: list[Tensor] = []
+        for start in range(0, len(index), MAX_PROMPTS):
+            part = slice(start, start + MAX_PROMPTS)
+            output = model(
+                features,
+                small,
+                None if ids is None else ids[part],
+                None if padding is None else padding[part],
+                image_index[part],
+                _slice(prompts, part),
+            )
+            logits, iou = output.prediction.chosen(output.selected)
+            for i, masks in enumerate(model.segmenter.postprocess(logits, sizes, image_index[part])):
+                full[i].append(masks)
+            scores.append(iou.float())
+            low_res.append(logits.float())
+        all_scores, all_low_res = torch.cat(scores), torch.cat(low_res)
+        return [
+            self._result(torch.cat(full[i]), all_scores[image_index == i], all_low_res[image_index == i])
+            for i in range(len(images))
+        ]
+
+    def _result(self, logits: Tensor, scores: Tensor, low_res: Tensor) -> Prediction:
+        masks = logits > self.threshold
+        parts = (masks, logits, scores, boxes_of_masks(masks), low_res)
+        return Prediction(*(part.cpu().numpy() for part in parts))
+
+
+def _with_batch(values: np.ndarray | Sequence | Tensor, ndim: int, name: str, needed: str) -> Tensor:
+    try:
+        tensor = torch.as_tensor(np.asarray(values, dtype=np.float32))
+    except (ValueError, TypeError):
+        raise PromptError(f"{name} are not numbers of one shape; needed {needed}") from None
+    if tensor.ndim == ndim - 1:
+        tensor = tensor[None]
+    if tensor.ndim != ndim or 0 in tensor.shape or not tensor.isfinite().all():
+        raise PromptError(f"{name} have shape {list(tensor.shape)}; needed {needed}, finite numbers")
+    return tensor
+
+
+def _count(prompts: Prompts) -> int:
+    return len(next(getattr(prompts, kind) for kind in prompts.kinds()))
+
+
+def _slice(prompts: Prompts, part: slice) -> Prompts | None:
+    if not prompts:
+        return None
+    values = {name: getattr(prompts, name) for name in ("points", "labels", "boxes", "masks")}
+    return replace(prompts, **{name: None if value is None else value[part] for name, value in values.items()})
+
+
+def _stack(features: list[ImageFeatures]) -> ImageFeatures:
+    levels = zip(*(item.high_res for item in features), strict=True)
+    return ImageFeatures(torch.cat([item.embedding for item in features]), tuple(torch.cat(level) for level in levels))
+
+
+def load_predictor(
+    source: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    preprocessing: Literal["inference", "evaluation"] = "inference",
+    max_length: int = 512,
+    overlong: Literal["error", "truncate"] = "error",
+    tokenizer: str | Path | None = None,
+) -> ImagePredictor:
+    """Load a model with its tokenizer.
+
+    Args:
+        source: as `load_model`.
+        device: None takes CUDA, then MPS, then the CPU.
+        dtype: floating-point type of the weights.
+        max_length, overlong: longest phrase in tokens, and what to do with a longer one; see `PhraseTokenizer`.
+        tokenizer: sentencepiece file or its folder; None takes it from the checkpoint's folder.
+
+    Raises:
+        TextSAMError: as `load_model`, and where a model with an encoder has no tokenizer.
+    """
+    path = find_source(source)
+    model = load_model(path, device=choose_device(None if device is None else str(device)), dtype=dtype)
+    words = None
+    if model.encoder is not None:
+        words = PhraseTokenizer(tokenizer or path, min(max_length, model.encoder.config.max_text_tokens), overlong)
+        if words.vocab_size > model.encoder.config.vocab_size:
+            raise ModelError(
+                f"tokenizer {words.path} has {words.vocab_size} ids, the encoder {model.encoder.config.vocab_size}. "
+                "Take the tokenizer from the checkpoint's own folder"
+            )
+    return ImagePredictor(model, words, preprocessing)

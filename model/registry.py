@@ -1,0 +1,109 @@
+"""Names to architectures: the one table that training, evaluation, inference and export read."""
+
+import fnmatch
+from dataclasses import dataclass
+from functools import cache
+
+from configs.loader import encoder_configs, segmenter_configs
+from configs.schema import EfficientSAMConfig, ModelConfig, SAM2Config, SAMConfig, SegmenterConfig
+from utils.errors import ModelError, nearest
+
+
+@dataclass(frozen=True)
+class Family:
+    """A segmenter family: its configuration class, and where its code is.
+
+    `module` and `class_name` are imported when a model is built, not when names are listed.
+    """
+
+    config: type[SegmenterConfig]
+    module: str
+    class_name: str
+
+
+FAMILIES = {
+    "sam": Family(SAMConfig, "sam", "SAMSegmenter"),
+    "sam2": Family(SAM2Config, "sam2", "SAM2Segmenter"),
+    "efficient_sam": Family(EfficientSAMConfig, "efficient_sam", "EfficientSAMSegmenter"),
+}
+
+RELEASED = {
+    "evf-sam": ("sam-vit-h", "large", "YxZhang/evf-sam"),
+    "evf-sam-multitask": ("sam-vit-h", "large", "YxZhang/evf-sam-multitask"),
+    "evf-sam2": ("sam2-hiera-large", "large", "YxZhang/evf-sam2"),
+    "evf-sam2-multitask": ("sam2-hiera-large", "large", "YxZhang/evf-sam2-multitask"),
+    "evf-effi-sam-l": ("efficient-sam-s", "large", None),
+    "evf-effi-sam-b": ("efficient-sam-t", "base", None),
+}
+"""Published name -> segmenter, BEiT-3 scale, hub id (None: announced, but the weights were never published)."""
+
+MODEL_TYPES = {"ori": "sam", "sam2": "sam2", "effi": "efficient_sam"}
+"""The published `--model_type` values and the family each stands for."""
+
+
+@cache
+def segmenters() -> dict[str, tuple[str, SegmenterConfig]]:
+    """Return segmenter name -> (family, configuration)."""
+    return {
+        name: (family, config)
+        for family, entry in FAMILIES.items()
+        for name, config in segmenter_configs(family, entry.config).items()
+    }
+
+
+@cache
+def _table() -> dict[str, ModelConfig]:
+    encoders = encoder_configs()
+    table = {
+        name: ModelConfig(name, family, config)
+        for name, (family, config) in segmenters().items()
+    }
+    for name, (family, config) in segmenters().items():
+        for scale, encoder in encoders.items():
+            model = ModelConfig(name, family, config, scale, encoder)
+            table[model.name] = model
+    for name, (segmenter, scale, _) in RELEASED.items():
+        table[name] = table[f"evf-{segmenter}-{scale}"]
+    return table
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Return the known names that match a shell pattern, sorted: `list_models("evf-sam2*")`."""
+    return sorted(fnmatch.filter(_table(), pattern))
+
+
+def model_config(name: str) -> ModelConfig:
+    """Return the architecture of a name.
+
+    Raises:
+        ModelError: unknown name; the nearest ones are named.
+    """
+    if name not in _table():
+        raise ModelError(
+            f"Unknown model {name!r}.{nearest(name, _table())} Known: {', '.join(RELEASED)} and "
+            f"{len(_table()) - len(RELEASED)} more (python tools/list_models.py)"
+        )
+    return _table()[name]
+
+
+def hub_id(name: str) -> str | None:
+    """Return where the weights of a registry name were published, or None."""
+    return RELEASED[name][2] if name in RELEASED else None
+
+
+def find_config(family: str, width: int, layers: int, encoder_scale: str | None) -> ModelConfig:
+    """Return the registered model of a family by its segmenter's width and depth, and the encoder's scale.
+
+    Raises:
+        ModelError: nothing of that shape is registered.
+    """
+    for config in _table().values():
+        if (config.family, config.encoder_name) != (family, encoder_scale):
+            continue
+        segmenter = config.segmenter
+        depth = sum(segmenter.blocks) if isinstance(segmenter, SAM2Config) else segmenter.layers
+        if (segmenter.width, depth) == (width, layers):
+            return config
+    raise ModelError(
+        f"no registered {family} segmenter has width {width} and {layers} layers. Add it to configs/model/{family}.yaml"
+    )

@@ -1,0 +1,179 @@
+"""The contract of every segmenter, and what the families share."""
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.errors import PromptError
+from utils.image import ImageSpec
+
+from ..types import ImageFeatures, MaskPrediction, Prompts
+
+PROMPT_WIDTH = 256
+
+
+class Segmenter(nn.Module):
+    """Base class of the segmenter families.
+
+    Subclasses set `image_spec`, `prompt_kinds` and implement `encode_image`, `decode` and `select`.
+    """
+
+    image_spec: ImageSpec
+    prompt_kinds: frozenset[str] = frozenset()
+    """Which geometric prompts the family has weights for: `points`, `boxes`, `masks`."""
+
+    def encode_image(self, pixels: Tensor) -> ImageFeatures:
+        """Encode a batch of images once, for any number of prompts.
+
+        Args:
+            pixels: float [B, 3, S, S], made by `image_spec`.
+        """
+        raise NotImplementedError
+
+    def encode_prompts(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
+        """Return sparse [N, P, 256] and dense [N, 256, h, w] embeddings of geometric prompts.
+
+        Raises:
+            PromptError: the family has no weights for one of the kinds.
+        """
+        for kind in prompts.kinds():
+            if kind not in self.prompt_kinds:
+                allowed = ", ".join(sorted(self.prompt_kinds)) or "phrases alone"
+                raise PromptError(f"{type(self).__name__} cannot use {kind} as prompts; it takes {allowed}")
+        return self._encode_prompts(prompts)
+
+    def _encode_prompts(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
+        raise NotImplementedError
+
+    def decode(
+        self,
+        features: ImageFeatures,
+        sparse: Tensor,
+        dense: Tensor | None = None,
+        image_index: Tensor | None = None,
+    ) -> MaskPrediction:
+        """Decode N prompts of B images in one call.
+
+        Args:
+            features: of B images.
+            sparse: float [N, P, 256], the prompt tokens.
+            dense: float [N, 256, h, w] or None for the learned "no mask" embedding.
+            image_index: int64 [N], the image of each prompt; None where N = B or B = 1.
+        """
+        raise NotImplementedError
+
+    def select(self, prediction: MaskPrediction) -> Tensor:
+        """Return int64 [N]: which of the M masks the published inference takes."""
+        raise NotImplementedError
+
+    def select_for_prompts(self, prediction: MaskPrediction, tokens: int) -> Tensor:
+        """Return int64 [N]: the mask for `tokens` geometric prompts: the single mask, or the best of three for one."""
+        if tokens > 1:
+            return torch.zeros(len(prediction.iou), dtype=torch.long, device=prediction.iou.device)
+        return best_of_three(prediction)
+
+    def postprocess(self, logits: Tensor, sizes: list[tuple[int, int]], image_index: Tensor) -> list[Tensor]:
+        """Bring low-resolution logits to the size of their images.
+
+        Args:
+            logits: float [N, 4h, 4w].
+            sizes: (H, W) of each of the B images.
+            image_index: int64 [N].
+
+        Returns:
+            float32, per image [n_i, H_i, W_i], in the order of the prompts.
+        """
+        return [
+            self._to_image(logits[image_index == i].float()[:, None], size)[:, 0] for i, size in enumerate(sizes)
+        ]
+
+    def _to_image(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.image_spec.resize == "letterbox":
+            side = self.image_spec.size
+            height, width = self.image_spec.resized_size(*size)
+            logits = F.interpolate(logits, (side, side), mode="bilinear", align_corners=False)
+            logits = logits[..., :height, :width]
+        return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+
+    def restore_buffers(self) -> None:
+        """Compute the buffers that no checkpoint stores, after a build on the meta device."""
+
+
+class HasPositionMatrix(Protocol):
+    """A Fourier position encoding with its random matrix [2, 128]."""
+
+    positional_embedding: Tensor
+
+
+def grid_positions(matrix: Tensor, side: int) -> Tensor:
+    """Return the Fourier code of the centres of a `side` x `side` grid.
+
+    Args:
+        matrix: float [2, 128].
+
+    Returns:
+        [1, 256, side, side] in the type of `matrix`, computed in float32.
+    """
+    centres = (torch.arange(side, device=matrix.device, dtype=torch.float32) + 0.5) / side * 2 - 1
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    angles = 2 * math.pi * (torch.stack([x, y], dim=-1) @ matrix.float())
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).permute(2, 0, 1)[None].to(matrix.dtype)
+
+
+def pick_images(features: Tensor, image_index: Tensor | None, count: int) -> Tensor:
+    """Return features [count, ...] for `count` prompts: one image for all without a copy, or gathered by index."""
+    if features.shape[0] == 1:
+        return features.expand(count, *features.shape[1:])
+    if image_index is None:
+        return features
+    return features.index_select(0, image_index)
+
+
+def best_of_three(prediction: MaskPrediction) -> Tensor:
+    """Return int64 [N]: of the masks 1..3 the one with the highest predicted IoU."""
+    return prediction.iou[:, 1:].argmax(dim=1) + 1
+
+
+def decode_masks(
+    decoder: nn.Module,
+    embedding: Tensor,
+    positions: Tensor,
+    sparse: Tensor,
+    high_res: tuple[Tensor, ...] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a transformers SAM or SAM-2 mask decoder and return all four masks.
+
+    The library's own forward drops either the first mask or the other three; here the choice is the caller's.
+
+    Args:
+        decoder: `SamMaskDecoder` or `Sam2VideoMaskDecoder`.
+        embedding: [N, 256, h, w], the dense prompt added; positions: [1, 256, h, w]; sparse: [N, P, 256].
+        high_res: () or ([N, 32, 4h, 4w], [N, 64, 2h, 2w]).
+
+    Returns:
+        masks [N, 4, 4h, 4w], predicted IoU [N, 4], first token's output [N, 256] (SAM 2: the object-score token).
+    """
+    owner_tokens = [decoder.obj_score_token.weight] if high_res else []
+    learned = torch.cat([*owner_tokens, decoder.iou_token.weight, decoder.mask_tokens.weight])
+    tokens = torch.cat([learned.expand(len(sparse), -1, -1), sparse.to(learned.dtype)], dim=1)
+    tokens, image = decoder.transformer(
+        point_embeddings=tokens[:, None],
+        image_embeddings=embedding,
+        image_positional_embeddings=positions,
+        attention_similarity=None,
+    )
+    tokens = tokens[:, 0]
+    iou_token, *mask_tokens = tokens[:, len(owner_tokens) : len(owner_tokens) + 1 + decoder.num_mask_tokens].unbind(1)
+    upscaled = decoder.upscale_conv1(image[:, 0].transpose(1, 2).unflatten(2, embedding.shape[-2:]))
+    if high_res:
+        upscaled = upscaled + high_res[1]
+    upscaled = decoder.upscale_conv2(decoder.activation(decoder.upscale_layer_norm(upscaled)))
+    if high_res:
+        upscaled = upscaled + high_res[0]
+    upscaled = decoder.activation(upscaled)
+    kernels = torch.stack([mlp(t) for mlp, t in zip(decoder.output_hypernetworks_mlps, mask_tokens, strict=True)], 1)
+    masks = (kernels @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+    return masks, decoder.iou_prediction_head(iou_token), tokens[:, 0]

@@ -1,0 +1,224 @@
+"""EfficientSAM-T and S (arXiv 2312.00863, yformer/EfficientSAM): timm's ViT, a neck, and a decoder of its own.
+
+The decoder is not SAM's: exact GELU throughout, every self-attention has a residual, the learned tokens are added into
+the running tokens of the second layer, and one group norm replaces the channel layer norm.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from transformers.models.sam.modeling_sam import SamVisionNeck
+
+from configs.schema import EfficientSAMConfig
+from utils.image import ImageSpec
+
+from ..attention import attend
+from ..types import ImageFeatures, MaskPrediction, Prompts
+from .base import PROMPT_WIDTH, Segmenter, grid_positions, pick_images
+
+HEADS = 8
+MLP_WIDTH = 2048
+MASK_TOKENS = 4
+PRETRAINED_GRID = 14
+
+
+class EfficientSAMSegmenter(Segmenter):
+    """EfficientSAM with phrases as prompts; its checkpoints in EVF-SAM layout hold no usable point embeddings."""
+
+    def __init__(self, config: EfficientSAMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_spec = ImageSpec(size=config.image_size, resize="square")
+        self.image_encoder = ImageEncoder(config)
+        self.prompt_encoder = PromptEmbeddings()
+        self.mask_decoder = MaskDecoder()
+
+    def encode_image(self, pixels: Tensor) -> ImageFeatures:
+        """Return the embedding [B, 256, S/16, S/16]; see `Segmenter.encode_image`."""
+        return ImageFeatures(self.image_encoder(pixels))
+
+    def _encode_prompts(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
+        raise NotImplementedError  # `prompt_kinds` is empty: the base class has refused every kind
+
+    def decode(
+        self,
+        features: ImageFeatures,
+        sparse: Tensor,
+        dense: Tensor | None = None,
+        image_index: Tensor | None = None,
+    ) -> MaskPrediction:
+        """Return four masks and their IoU per prompt; there is no dense prompt. See `Segmenter.decode`."""
+        if dense is not None:
+            raise ValueError("EfficientSAM has no dense prompt embedding")
+        embedding = pick_images(features.embedding, image_index, len(sparse))
+        positions = grid_positions(self.prompt_encoder.position_matrix, embedding.shape[-1])
+        return MaskPrediction(*self.mask_decoder(embedding, positions, sparse))
+
+    def select(self, prediction: MaskPrediction) -> Tensor:
+        """Return mask 0 for every prompt, int64 [N]."""
+        return torch.zeros(len(prediction.iou), dtype=torch.long, device=prediction.iou.device)
+
+
+class ImageEncoder(nn.Module):
+    """Plain ViT with global attention, and SAM's neck.
+
+    `pos_embed` keeps the pretrained 14 x 14 table with its unused class position, as checkpoints hold it.
+    """
+
+    def __init__(self, config: EfficientSAMConfig) -> None:
+        super().__init__()
+        self.trunk = VisionTransformer(
+            img_size=config.image_size,
+            patch_size=16,
+            embed_dim=config.width,
+            depth=config.layers,
+            num_heads=config.heads,
+            num_classes=0,
+            global_pool="",
+            class_token=False,
+            pos_embed="none",
+            final_norm=False,
+            fc_norm=False,
+        )
+        self.pos_embed = nn.Parameter(torch.zeros(1, PRETRAINED_GRID**2 + 1, config.width))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.neck = SamVisionNeck(_NeckConfig(config.width))
+
+    def positions(self, side: int) -> Tensor:
+        """Return the position table on a `side` x `side` grid, [1, side * side, C]."""
+        table = self.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (PRETRAINED_GRID, PRETRAINED_GRID))
+        table = F.interpolate(table.float(), (side, side), mode="bicubic", align_corners=False)
+        return table.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, S, S] to [B, 256, S/16, S/16]."""
+        side = pixels.shape[-1] // 16
+        tokens = self.trunk.patch_embed(pixels) + self.positions(side)
+        tokens = self.trunk.blocks(tokens)
+        return self.neck(tokens.unflatten(1, (side, side)))
+
+
+class _NeckConfig:
+    """The two numbers that the library's neck reads."""
+
+    def __init__(self, width: int) -> None:
+        self.hidden_size, self.output_channels = width, PROMPT_WIDTH
+
+
+class PromptEmbeddings(nn.Module):
+    """Position matrix, and four embeddings that phrases never use but checkpoints hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("position_matrix", torch.randn(2, PROMPT_WIDTH // 2))
+        self.invalid_points = nn.Embedding(1, PROMPT_WIDTH)
+        self.point_embeddings = nn.Embedding(1, PROMPT_WIDTH)
+        self.bbox_top_left_embeddings = nn.Embedding(1, PROMPT_WIDTH)
+        self.bbox_bottom_right_embeddings = nn.Embedding(1, PROMPT_WIDTH)
+
+
+class DecoderAttention(nn.Module):
+    """Multi-head attention whose inner width may be smaller than its outer."""
+
+    def __init__(self, inner: int) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(PROMPT_WIDTH, inner) for _ in range(3))
+        self.out_proj = nn.Linear(inner, PROMPT_WIDTH)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[N, Q, 256], [N, K, 256], [N, K, 256] to [N, Q, 256]."""
+        return self.out_proj(attend(self.q_proj(query), self.k_proj(key), self.v_proj(value), HEADS))
+
+
+class TwoWayLayer(nn.Module):
+    """Tokens attend to themselves and to the image, then the image to the tokens."""
+
+    def __init__(self, is_first: bool) -> None:
+        super().__init__()
+        self.is_first = is_first
+        self.self_attn = DecoderAttention(PROMPT_WIDTH)
+        self.cross_attn_token_to_image = DecoderAttention(PROMPT_WIDTH // 2)
+        self.cross_attn_image_to_token = DecoderAttention(PROMPT_WIDTH // 2)
+        self.mlp = MLP([PROMPT_WIDTH, MLP_WIDTH, PROMPT_WIDTH])
+        self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(PROMPT_WIDTH) for _ in range(4))
+
+    def forward(self, tokens: Tensor, image: Tensor, learned: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens and learned [N, P, 256], image [N, h*w, 256], positions [1, h*w, 256]."""
+        if not self.is_first:
+            tokens = tokens + learned
+        tokens = self.norm1(tokens + self.self_attn(tokens, tokens, tokens))
+        tokens = self.norm2(tokens + self.cross_attn_token_to_image(tokens + learned, image + positions, image))
+        tokens = self.norm3(tokens + self.mlp(tokens))
+        image = self.norm4(image + self.cross_attn_image_to_token(image + positions, tokens + learned, tokens))
+        return tokens, image
+
+
+class TwoWayTransformer(nn.Module):
+    """Two layers and a last look of the tokens at the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(TwoWayLayer(is_first=i == 0) for i in range(2))
+        self.final_attn_token_to_image = DecoderAttention(PROMPT_WIDTH // 2)
+        self.norm_final_attn = nn.LayerNorm(PROMPT_WIDTH)
+
+    def forward(self, image: Tensor, positions: Tensor, learned: Tensor) -> tuple[Tensor, Tensor]:
+        """image [N, h*w, 256], positions [1, h*w, 256], learned [N, P, 256] to tokens and image."""
+        tokens = learned
+        for layer in self.layers:
+            tokens, image = layer(tokens, image, learned, positions)
+        attended = self.final_attn_token_to_image(tokens + learned, image + positions, image)
+        return self.norm_final_attn(tokens + attended), image
+
+
+class MLP(nn.Module):
+    """Linear layers with exact GELU between them."""
+
+    def __init__(self, widths: list[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[..., first width] to [..., last width]."""
+        for layer in self.layers[:-1]:
+            tokens = F.gelu(layer(tokens))
+        return self.layers[-1](tokens)
+
+
+class MaskDecoder(nn.Module):
+    """Prompt tokens and an image embedding to four masks and their IoU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = TwoWayTransformer()
+        self.iou_token = nn.Embedding(1, PROMPT_WIDTH)
+        self.mask_tokens = nn.Embedding(MASK_TOKENS, PROMPT_WIDTH)
+        self.upscale1 = nn.ConvTranspose2d(PROMPT_WIDTH, 64, 2, 2)
+        self.upscale_norm = nn.GroupNorm(1, 64)
+        self.upscale2 = nn.ConvTranspose2d(64, 32, 2, 2)
+        self.output_hypernetworks_mlps = nn.ModuleList(
+            MLP([PROMPT_WIDTH, PROMPT_WIDTH, PROMPT_WIDTH, 32]) for _ in range(MASK_TOKENS)
+        )
+        self.iou_prediction_head = MLP([PROMPT_WIDTH, PROMPT_WIDTH, PROMPT_WIDTH, MASK_TOKENS])
+
+    def forward(self, embedding: Tensor, positions: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor]:
+        """Decode every prompt.
+
+        Args:
+            embedding: [N, 256, h, w]; positions: [1, 256, h, w]; sparse: [N, P, 256].
+
+        Returns:
+            masks [N, 4, 4h, 4w] and predicted IoU [N, 4].
+        """
+        learned = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        learned = torch.cat([learned.expand(len(sparse), -1, -1), sparse.to(learned.dtype)], dim=1)
+        image, positions = (grid.flatten(2).transpose(1, 2) for grid in (embedding, positions))
+        tokens, image = self.transformer(image, positions, learned)
+        grid = image.transpose(1, 2).unflatten(2, embedding.shape[-2:])
+        grid = F.gelu(self.upscale_norm(self.upscale1(grid)))
+        grid = F.gelu(self.upscale2(grid))
+        mask_tokens = tokens[:, 1 : 1 + MASK_TOKENS].unbind(1)
+        kernels = torch.stack([m(t) for m, t in zip(self.output_hypernetworks_mlps, mask_tokens, strict=True)], 1)
+        masks = (kernels @ grid.flatten(2)).unflatten(2, grid.shape[-2:])
+        return masks, self.iou_prediction_head(tokens[:, 0])

@@ -1,0 +1,158 @@
+"""SAM ViT-B, L and H on the transformers modules (arXiv 2304.02643, facebookresearch/segment-anything)."""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import SamConfig as LibraryConfig
+from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncoder, SamVisionEncoder
+
+from configs.schema import SAMConfig
+from utils.image import ImageSpec
+
+from ..types import ImageFeatures, MaskPrediction, Prompts
+from .base import Segmenter, decode_masks, grid_positions, pick_images
+
+
+class SAMSegmenter(Segmenter):
+    """SAM with any plain ViT."""
+
+    prompt_kinds = frozenset({"points", "boxes", "masks"})
+
+    def __init__(self, config: SAMConfig, library_attention: bool = False) -> None:
+        """Build the modules.
+
+        Args:
+            library_attention: keep the library's attention, the slow twin of `RelativeAttention`.
+        """
+        super().__init__()
+        self.config = config
+        self.image_spec = ImageSpec(size=config.image_size, resize="letterbox", filter="pillow-bilinear")
+        library = _library_config(config)
+        self.image_encoder = SamVisionEncoder(library.vision_config)
+        self.prompt_encoder = SamPromptEncoder(library)
+        self.mask_decoder = SamMaskDecoder(library.mask_decoder_config)
+        if not library_attention:
+            for layer in self.image_encoder.layers:
+                layer.attn = RelativeAttention(layer.attn)
+
+    def encode_image(self, pixels: Tensor) -> ImageFeatures:
+        """Return the embedding [B, 256, S/16, S/16]; see `Segmenter.encode_image`."""
+        encoder = self.image_encoder
+        tokens = encoder.patch_embed(pixels) + encoder.pos_embed
+        for layer in encoder.layers:
+            tokens = layer(tokens)
+        # The neck overflows in fp16: its second convolution sums 2304 products.
+        if tokens.dtype == torch.float16:
+            return ImageFeatures(_neck_in_float32(encoder.neck, tokens).half())
+        return ImageFeatures(encoder.neck(tokens))
+
+    def _encode_prompts(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
+        sparse, dense = self.prompt_encoder(
+            prompts.points[:, None] if prompts.points is not None else None,
+            prompts.labels[:, None] if prompts.labels is not None else None,
+            prompts.boxes[:, None] if prompts.boxes is not None else None,
+            prompts.masks,
+        )
+        return (None if sparse is None else sparse[:, 0]), (dense if prompts.masks is not None else None)
+
+    def decode(
+        self,
+        features: ImageFeatures,
+        sparse: Tensor,
+        dense: Tensor | None = None,
+        image_index: Tensor | None = None,
+    ) -> MaskPrediction:
+        """Return four masks and their IoU (a plain linear output) per prompt; see `Segmenter.decode`."""
+        if dense is None:
+            dense = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
+        embedding = pick_images(features.embedding, image_index, len(sparse)) + dense
+        positions = grid_positions(self.prompt_encoder.shared_embedding.positional_embedding, embedding.shape[-1])
+        masks, iou, _ = decode_masks(self.mask_decoder, embedding, positions, sparse)
+        return MaskPrediction(masks, iou)
+
+    def select(self, prediction: MaskPrediction) -> Tensor:
+        """Return mask 0 for every prompt, int64 [N]."""
+        return torch.zeros(len(prediction.iou), dtype=torch.long, device=prediction.iou.device)
+
+
+class RelativeAttention(nn.Module):
+    """Attention with decomposed relative positions on the weights of one library block.
+
+    The library's einsum leaves the two bias terms in permuted strides, so that their sum (0.8 GB in a global block of
+    ViT-B) is written twice. Here both terms come out contiguous, and the sum is written once, where SDPA reads it.
+    """
+
+    def __init__(self, library: nn.Module) -> None:
+        super().__init__()
+        self.qkv, self.proj = library.qkv, library.proj
+        self.rel_pos_h, self.rel_pos_w = library.rel_pos_h, library.rel_pos_w
+        self.heads = library.num_attention_heads
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
+        """Attend within each window (or the whole image).
+
+        Args:
+            hidden_states: [B, H, W, C].
+
+        Returns:
+            [B, H, W, C], and None where the library returns attention weights.
+        """
+        batch, height, width, _ = hidden_states.shape
+        query, key, value = (
+            self.qkv(hidden_states).view(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        )
+        bias = self.relative_bias(query.reshape(batch * self.heads, height, width, -1))
+        bias = bias.view(batch, self.heads, height * width, height * width)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return self.proj(attended.transpose(1, 2).reshape(batch, height, width, -1)), None
+
+    def relative_bias(self, query: Tensor) -> Tensor:
+        """Return the position term of the logits, from the unscaled queries.
+
+        Args:
+            query: [G, H, W, c].
+
+        Returns:
+            [G, H, W, H, W].
+        """
+        groups, height, width, _ = query.shape
+        table_h, table_w = (
+            table[_distances(side).to(table.device)]
+            for side, table in ((height, self.rel_pos_h), (width, self.rel_pos_w))
+        )
+        along_h = query @ table_h.transpose(1, 2)  # [G, H, W, c] @ [H, c, H]: each row has its own table
+        along_w = (query.transpose(1, 2) @ table_w.transpose(1, 2)).transpose(1, 2).contiguous()
+        return along_h[..., :, None] + along_w[..., None, :]
+
+
+@cache
+def _distances(side: int) -> Tensor:
+    """Return the table row for each pair of positions, int64 [side, side]."""
+    steps = torch.arange(side)
+    return steps[:, None] - steps[None, :] + side - 1
+
+
+def _neck_in_float32(neck: nn.Module, tokens: Tensor) -> Tensor:
+    weights = {name: tensor.float() for name, tensor in neck.state_dict().items()}
+    return torch.func.functional_call(neck, weights, (tokens.float(),))
+
+
+def _library_config(config: SAMConfig) -> LibraryConfig:
+    return LibraryConfig(
+        vision_config={
+            "hidden_size": config.width,
+            "num_hidden_layers": config.layers,
+            "num_attention_heads": config.heads,
+            "image_size": config.image_size,
+            "window_size": config.window_size,
+            "global_attn_indexes": list(config.global_blocks),
+            "mlp_ratio": config.mlp_ratio,
+            "mlp_dim": int(config.width * config.mlp_ratio),
+            "initializer_range": 0.02,
+        },
+        prompt_encoder_config={"image_size": config.image_size},
+        # The library's default is 1e-6; Meta's two-way transformer has 1e-5.
+        mask_decoder_config={"layer_norm_eps": 1e-5},
+    )

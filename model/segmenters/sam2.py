@@ -1,0 +1,169 @@
+"""SAM 2.0 and 2.1 on the transformers modules (arXiv 2408.00714, facebookresearch/sam2)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Sam2VideoConfig, Sam2VideoModel
+from transformers.models.sam2.modeling_sam2 import do_pool
+
+from configs.schema import SAM2Config
+from utils.image import ImageSpec
+
+from ..types import ImageFeatures, MaskPrediction, Prompts
+from .base import Segmenter, best_of_three, decode_masks, grid_positions, pick_images
+
+VIDEO_PARTS = (
+    "memory_attention",
+    "memory_encoder",
+    "memory_temporal_positional_encoding",
+    "no_memory_positional_encoding",
+    "no_object_pointer",
+    "mask_downsample",
+    "object_pointer_proj",
+    "temporal_positional_encoding_projection_layer",
+    "occlusion_spatial_embedding_parameter",
+)
+"""Parts of the library's video model that still images never use."""
+
+
+class SAM2Segmenter(Segmenter):
+    """SAM 2 with Hiera T, S, B+ or L; the memory modules are carried along where the weights have them."""
+
+    prompt_kinds = frozenset({"points", "boxes", "masks"})
+
+    def __init__(self, config: SAM2Config, library_attention: bool = False) -> None:
+        """Build the modules.
+
+        Args:
+            library_attention: keep the library's attention, the slow twin of `HieraAttention`.
+        """
+        super().__init__()
+        self.config = config
+        self.image_spec = ImageSpec(size=config.image_size, resize="square")
+        self.sam2 = Sam2VideoModel(_library_config(config))
+        self.sam2.shared_image_embedding = self.sam2.prompt_encoder.shared_embedding
+        if not config.has_video:
+            for name in VIDEO_PARTS:
+                if name in self.sam2._modules:
+                    del self.sam2._modules[name]
+                self.sam2._parameters.pop(name, None)
+            del self.sam2.mask_decoder.pred_obj_score_head
+        if not library_attention:
+            for block in self.backbone.blocks:
+                block.attn = HieraAttention(block.attn)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The Hiera backbone."""
+        return self.sam2.vision_encoder.backbone
+
+    def encode_image(self, pixels: Tensor) -> ImageFeatures:
+        """Return the embedding [B, 256, S/16, S/16] and two finer levels; see `Segmenter.encode_image`."""
+        levels = self.backbone(pixels).intermediate_hidden_states
+        # The library's neck also computes a sine position table per level, which only the video memory reads.
+        convs = self.sam2.vision_encoder.neck.convs
+        fine, middle, coarse, coarsest = (
+            conv(level.permute(0, 3, 1, 2)) for conv, level in zip(reversed(convs), levels, strict=True)
+        )
+        top_down = F.interpolate(coarsest.float(), scale_factor=2.0, mode="nearest").to(coarse.dtype)
+        embedding = coarse + top_down + self.sam2.no_memory_embedding.view(1, -1, 1, 1)
+        decoder = self.sam2.mask_decoder
+        return ImageFeatures(embedding, (decoder.conv_s0(fine), decoder.conv_s1(middle)))
+
+    def _encode_prompts(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
+        sparse, dense = self.sam2.prompt_encoder(
+            prompts.points[:, None] if prompts.points is not None else None,
+            prompts.labels[:, None] if prompts.labels is not None else None,
+            prompts.boxes[:, None] if prompts.boxes is not None else None,
+            prompts.masks,
+        )
+        return (None if sparse is None else sparse[:, 0]), (dense if prompts.masks is not None else None)
+
+    def decode(
+        self,
+        features: ImageFeatures,
+        sparse: Tensor,
+        dense: Tensor | None = None,
+        image_index: Tensor | None = None,
+    ) -> MaskPrediction:
+        """Return four masks, IoU in 0..1 and object score per prompt; see `Segmenter.decode`."""
+        count, encoder = len(sparse), self.sam2.prompt_encoder
+        if dense is None:
+            dense = encoder.no_mask_embed.weight.view(1, -1, 1, 1)
+        embedding = pick_images(features.embedding, image_index, count) + dense
+        positions = grid_positions(encoder.shared_embedding.positional_embedding, embedding.shape[-1])
+        high_res = tuple(pick_images(level, image_index, count) for level in features.high_res)
+        masks, iou, score_token = decode_masks(self.sam2.mask_decoder, embedding, positions, sparse, high_res)
+        score = self.sam2.mask_decoder.pred_obj_score_head(score_token)[:, 0] if self.config.has_video else None
+        return MaskPrediction(masks, iou, score)
+
+    def select(self, prediction: MaskPrediction) -> Tensor:
+        """Return the mask of 1..3 with the highest predicted IoU, int64 [N]."""
+        return best_of_three(prediction)
+
+    def restore_buffers(self) -> None:
+        """Compute the rotary tables of the memory attention anew."""
+        if self.config.has_video:
+            attention = self.sam2.memory_attention
+            fresh = type(attention)(self.sam2.config)
+            for name, buffer in fresh.named_buffers():
+                owner, _, leaf = name.rpartition(".")
+                setattr(attention.get_submodule(owner), leaf, buffer)
+
+
+class HieraAttention(nn.Module):
+    """Multi-scale attention of one Hiera block on the library's weights.
+
+    The library (up to transformers 5.23) also computes a product and a softmax whose result nobody reads.
+    """
+
+    def __init__(self, library: nn.Module) -> None:
+        super().__init__()
+        self.qkv, self.proj = library.qkv, library.proj
+        self.heads, self.query_stride = library.num_attention_heads, library.query_stride
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Attend within each window; queries may be pooled.
+
+        Args:
+            hidden_states: [B, H, W, C].
+
+        Returns:
+            [B, H', W', C'], halved in height and width where the block pools its queries.
+        """
+        batch, height, width, _ = hidden_states.shape
+        query, key, value = self.qkv(hidden_states).view(batch, height * width, 3, self.heads, -1).unbind(2)
+        if self.query_stride:
+            pooled = do_pool(query.reshape(batch, height, width, -1), self.query_stride)
+            height, width = pooled.shape[1:3]
+            query = pooled.reshape(batch, height * width, self.heads, -1)
+        attended = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        return self.proj(attended.transpose(1, 2).reshape(batch, height, width, -1))
+
+
+def _library_config(config: SAM2Config) -> Sam2VideoConfig:
+    side = config.image_size
+    widths = [config.width * 2**i for i in range(4)]
+    return Sam2VideoConfig(
+        image_size=side,
+        vision_config={
+            "model_type": "sam2_vision_model",
+            "backbone_config": {
+                "model_type": "sam2_hiera_det_model",
+                "hidden_size": config.width,
+                "num_attention_heads": config.heads,
+                "image_size": [side, side],
+                "window_positional_embedding_background_size": [config.position_size] * 2,
+                "blocks_per_stage": list(config.blocks),
+                "embed_dim_per_stage": widths,
+                "num_attention_heads_per_stage": [config.heads * 2**i for i in range(4)],
+                "window_size_per_stage": list(config.windows),
+                "global_attention_blocks": list(config.global_blocks),
+            },
+            "backbone_channel_list": widths[::-1],
+            "backbone_feature_sizes": [[side // stride] * 2 for stride in (4, 8, 16)],
+        },
+        prompt_encoder_config={"image_size": side},
+        enable_temporal_pos_encoding_for_object_pointers=config.version == "2.1",
+        enable_occlusion_spatial_embedding=config.version == "2.1",
+        memory_attention_rope_feat_sizes=[side // 16] * 2,
+    )

@@ -1,0 +1,110 @@
+"""What flows between the parts of a model. The shape legend is in `model/__init__.py`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What a segmenter keeps of a batch of images; enough to answer any number of prompts.
+
+    * `embedding`: float [B, C, h, w], the image embedding that the mask decoder reads.
+    * `high_res`: finer levels, finest first: () or ([B, C/8, 4h, 4w], [B, C/4, 2h, 2w]) for SAM 2.
+    """
+
+    embedding: Tensor
+    high_res: tuple[Tensor, ...] = ()
+
+    def __len__(self) -> int:
+        return self.embedding.shape[0]
+
+    def __getitem__(self, index: int | slice | Tensor) -> "ImageFeatures":
+        """Return the features of some of the images; an int keeps the batch dimension."""
+        index = slice(index, index + 1 or None) if isinstance(index, int) else index
+        return ImageFeatures(self.embedding[index], tuple(level[index] for level in self.high_res))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "ImageFeatures":
+        """Return the features on another device or in another floating-point type."""
+        return ImageFeatures(
+            self.embedding.to(device=device, dtype=dtype),
+            tuple(level.to(device=device, dtype=dtype) for level in self.high_res),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name, for safetensors or `torch.save`."""
+        return {"embedding": self.embedding} | {f"high_res.{i}": level for i, level in enumerate(self.high_res)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "ImageFeatures":
+        """Return the features that `tensors()` wrote down."""
+        levels = sorted(name for name in tensors if name.startswith("high_res."))
+        return cls(tensors["embedding"], tuple(tensors[name] for name in levels))
+
+
+@dataclass(frozen=True)
+class MaskPrediction:
+    """All masks of N prompts, before one of them is chosen.
+
+    * `logits`: float [N, M, 4h, 4w]; M = 4 mask tokens: the single-mask token, then three of growing extent.
+    * `iou`: float [N, M], the predicted IoU of each (in 0..1 for SAM 2, unbounded for SAM and EfficientSAM).
+    * `object_score`: float [N] logits that the object is there, SAM 2 with video weights only.
+    """
+
+    logits: Tensor
+    iou: Tensor
+    object_score: Tensor | None = None
+
+    def chosen(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits [N, 4h, 4w] and predicted IoU [N] of one mask per prompt; `index` is int64 [N]."""
+        rows = torch.arange(len(index), device=index.device)
+        return self.logits[rows, index], self.iou[rows, index]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Geometric prompts in the segmenter's input pixels, batched over N prompts; any of them may be None.
+
+    * `points`: float [N, P, 2], x y; `labels`: int64 [N, P], 1 foreground, 0 background, -1 padding.
+    * `boxes`: float [N, 4], x1 y1 x2 y2.
+    * `masks`: float [N, 1, 4h, 4w], logits of an earlier prediction.
+    """
+
+    points: Tensor | None = None
+    labels: Tensor | None = None
+    boxes: Tensor | None = None
+    masks: Tensor | None = None
+
+    def __bool__(self) -> bool:
+        return any(part is not None for part in (self.points, self.boxes, self.masks))
+
+    def kinds(self) -> list[str]:
+        """Return which of `points`, `boxes` and `masks` are given."""
+        return [name for name in ("points", "boxes", "masks") if getattr(self, name) is not None]
+
+
+@dataclass(frozen=True)
+class EVFOutput:
+    """What one forward returns.
+
+    * `prediction`: all masks of the N phrases; `selected`: int64 [N], which of them the family's rule takes.
+    * `prompt`: float [N, 256], the sparse prompt that each phrase became; None where there was no phrase.
+    * `features`: of the images, for the next call.
+    """
+
+    prediction: MaskPrediction
+    selected: Tensor
+    features: ImageFeatures
+    prompt: Tensor | None = field(default=None)
+
+    @property
+    def logits(self) -> Tensor:
+        """The chosen mask of each phrase, float [N, 4h, 4w]."""
+        return self.prediction.chosen(self.selected)[0]
+
+    @property
+    def scores(self) -> Tensor:
+        """The predicted IoU of the chosen masks, float [N]."""
+        return self.prediction.chosen(self.selected)[1]

@@ -1,0 +1,172 @@
+"""Reading images, and the one description of how an image becomes network input.
+
+Source of the constants: EVF-SAM `inference.py` and `eval.py`, segment-anything `transforms.py`.
+"""
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from .errors import ImageError
+
+MAX_PIXELS = 89_478_485
+"""Default bound on height * width: Pillow's own, 256 MB of RGB."""
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+
+SAM_MEAN = (123.675, 116.28, 103.53)
+SAM_STD = (58.395, 57.12, 57.375)
+
+ImageLike = str | Path | Image.Image | np.ndarray
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How an RGB uint8 image becomes a float tensor [3, size, size].
+
+    * `size`: side of the square input in pixels.
+    * `resize`: `letterbox` keeps the aspect ratio, scales the longest side to `size` and pads right and bottom with 0
+      after normalising; `square` scales both sides to `size`.
+    * `filter`: `pillow-bilinear` (antialiased, on uint8), `torch-bilinear` (on the uint8 tensor, not antialiased) or
+      `torch-bicubic` (on the float tensor, not antialiased, not clamped).
+    * `mean`, `std`: per channel, on the scale 0..`scale`.
+    * `scale`: 255 keeps the byte values, 1 divides by 255 first.
+    """
+
+    size: int
+    resize: Literal["letterbox", "square"] = "square"
+    filter: Literal["pillow-bilinear", "torch-bilinear", "torch-bicubic"] = "torch-bilinear"
+    mean: tuple[float, float, float] = SAM_MEAN
+    std: tuple[float, float, float] = SAM_STD
+    scale: float = 255.0
+
+    def resized_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return (height, width) after resizing and before padding."""
+        if self.resize == "square":
+            return self.size, self.size
+        factor = self.size / max(height, width)
+        return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+
+    def for_evaluation(self) -> "ImageSpec":
+        """Return the spec of the published evaluation and training loaders: Pillow instead of torch bilinear."""
+        return replace(self, filter="pillow-bilinear") if self.filter == "torch-bilinear" else self
+
+    def resize_image(self, image: np.ndarray) -> torch.Tensor:
+        """Return the resized image [3, h, w] before normalising: uint8, or float32 0..`scale` for `torch-bicubic`."""
+        size = self.resized_size(*image.shape[:2])
+        if self.filter == "pillow-bilinear":
+            resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
+            return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+        if self.filter == "torch-bilinear":
+            return F.interpolate(pixels, size, mode="bilinear", align_corners=False)[0]
+        pixels = pixels.float() * (self.scale / 255.0) if self.scale == 255.0 else pixels.float().div(255.0)
+        return F.interpolate(pixels, size, mode="bicubic", align_corners=False)[0]
+
+    def __call__(self, image: np.ndarray) -> torch.Tensor:
+        """Return the network input.
+
+        Args:
+            image: uint8 RGB [H, W, 3], 0..255.
+
+        Returns:
+            float32 [3, size, size], normalised.
+        """
+        pixels = self.resize_image(image)
+        if pixels.dtype == torch.uint8:
+            pixels = pixels.float() if self.scale == 255.0 else pixels.float().div(255.0)
+        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
+        pixels = (pixels - mean).div_(std)
+        height, width = pixels.shape[-2:]
+        return F.pad(pixels, (0, self.size - width, 0, self.size - height))
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Return a 16- or 32-bit grey image as 8-bit grey: the high byte of a 16-bit value, as OpenCV reads it."""
+    values = np.asarray(image)
+    if values.dtype == np.float32:
+        low, high = float(values.min()), float(values.max())
+        top = 1.0 if 0.0 <= low and high <= 1.0 else 255.0 if high <= 255.0 else 65535.0
+        return Image.fromarray((np.clip(values / top, 0, 1) * 255).astype(np.uint8))
+    return Image.fromarray((np.clip(values, 0, 65535).astype(np.uint32) >> 8).astype(np.uint8))
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Return any Pillow image as uint8 RGB [H, W, 3], upright by its EXIF orientation; alpha is dropped."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        image = _to_eight_bits(image)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return np.array(image.convert("RGB"))
+
+
+def read_image(source: ImageLike, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Return an image as uint8 RGB [H, W, 3].
+
+    Grey, palette, 16-bit, CMYK, RGBA and EXIF-rotated files are converted; of an animation the first frame is used.
+
+    Args:
+        source: path, Pillow image, or array uint8 RGB [H, W, 3] (returned as it is).
+        max_pixels: bound on height * width, checked before the pixels are decoded.
+
+    Raises:
+        ImageError: no such file, not an image, truncated, empty, over the bound, or an array of another kind.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
+            raise ImageError(
+                f"image array is {source.dtype} {list(source.shape)}; needed: uint8 RGB [H, W, 3] with values 0..255"
+            )
+        if source.shape[0] * source.shape[1] > max_pixels:
+            raise ImageError(_too_large("image array", source.shape[1], source.shape[0], max_pixels))
+        return source
+    if isinstance(source, Image.Image):
+        if source.width * source.height > max_pixels:
+            raise ImageError(_too_large("image", source.width, source.height, max_pixels))
+        return to_rgb(source)
+    path = Path(source)
+    if not path.exists():
+        raise ImageError(f"no such image: {path}. Check the path; it is relative to {Path.cwd().name or '/'}/")
+    if path.is_dir():
+        raise ImageError(f"{path} is a folder, an image file is needed")
+    if path.stat().st_size == 0:
+        raise ImageError(f"{path} is empty (0 bytes). Download or export it again")
+    return _decode(path, max_pixels)
+
+
+def _decode(path: Path, max_pixels: int) -> np.ndarray:
+    try:
+        # Pillow warns between one and two times its bound and refuses above; `max_pixels` is checked here instead.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if image.width * image.height > max_pixels:
+                    raise ImageError(_too_large(str(path), image.width, image.height, max_pixels))
+                if ImageFile.LOAD_TRUNCATED_IMAGES:
+                    raise ImageError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set; unset it: it hides damaged files")
+                image.load()
+                return to_rgb(image)
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"{path} is not an image that Pillow can read. Allowed: {', '.join(sorted(IMAGE_SUFFIXES))}"
+        ) from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{path} is over the bound of {max_pixels:,} pixels. Make it smaller first") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"{path} cannot be decoded ({error}): truncated or damaged. Download it again") from None
+
+
+def _too_large(name: str, width: int, height: int, max_pixels: int) -> str:
+    return (
+        f"{name} has {width}x{height} = {width * height:,} pixels, over the bound of {max_pixels:,}. "
+        "Make it smaller first, or raise max_pixels"
+    )
