@@ -28,6 +28,4 @@ def encoder_configs() -> dict[str, BEiT3Config]:
 def segmenter_configs(family: str, kind: type[SegmenterConfig]) -> dict[str, SegmenterConfig]:
     """Return every size of a segmenter family, from `model/<family>.yaml`, by name."""
     path = f"model/{family}.yaml"
-    return {
-        name: from_mapping(kind, values, f"configs/{path}, {name}") for name, values in read_yaml(path).items()
-    }
+    return {name: from_mapping(kind, values, f"configs/{path}, {name}") for name, values in read_yaml(path).items()}

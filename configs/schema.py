@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from utils.errors import ModelError, nearest
 
-
 T = TypeVar("T")
 
 
@@ -78,6 +77,11 @@ class SAM2Config:
     def __post_init__(self) -> None:
         _require(self.version in ("2.0", "2.1"), f"SAM-2 version {self.version!r}: known are '2.0' and '2.1'")
         _require(self.width % self.heads == 0, f"segmenter width {self.width} is not a multiple of {self.heads} heads")
+        firsts = [sum(self.blocks[:stage]) for stage in range(1, 4)]
+        _require(
+            not set(firsts) & set(self.global_blocks),
+            f"SAM-2 global_blocks {list(self.global_blocks)}: the first blocks of a stage {firsts} must have windows",
+        )
         _require(self.image_size % 32 == 0, f"segmenter image_size {self.image_size} is not a multiple of 32")
 
 
@@ -130,9 +134,7 @@ def from_mapping(kind: type[T], values: dict[str, Any], where: str) -> T:
     missing = [
         name
         for name, field in fields.items()
-        if name not in values
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ModelError(f"{where}: missing key {', '.join(map(repr, missing))}")

@@ -224,7 +224,9 @@ class ImagePredictor:
         return Prompts(**moved)
 
     @torch.inference_mode()
-    def _predict(self, images: list[_Image], phrases: list[str], index: list[int], prompts: Prompts) -> list[Prediction]:
+    def _predict(
+        self, images: list[_Image], phrases: list[str], index: list[int], prompts: Prompts
+    ) -> list[Prediction]:
         model = self.model
         features = images[0].features if len(images) == 1 else _stack([image.features for image in images])
         small = None if not phrases else torch.cat([image.encoder_pixels for image in images])
@@ -319,9 +321,22 @@ def load_predictor(
     words = None
     if model.encoder is not None:
         words = PhraseTokenizer(tokenizer or path, min(max_length, model.encoder.config.max_text_tokens), overlong)
-        if words.vocab_size > model.encoder.config.vocab_size:
-            raise ModelError(
-                f"tokenizer {words.path} has {words.vocab_size} ids, the encoder {model.encoder.config.vocab_size}. "
-                "Take the tokenizer from the checkpoint's own folder"
-            )
-    return ImagePredictor(model, words, preprocessing)
+    return build_predictor(model, words, preprocessing)
+
+
+def build_predictor(
+    model: EVFModel,
+    tokenizer: PhraseTokenizer | None,
+    preprocessing: Literal["inference", "evaluation"] = "inference",
+) -> ImagePredictor:
+    """Join a model and a tokenizer that were loaded on their own.
+
+    Raises:
+        ModelError: the tokenizer has more ids than the encoder's table.
+    """
+    if tokenizer is not None and tokenizer.vocab_size > model.encoder.config.vocab_size:
+        raise ModelError(
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, but the encoder's table "
+            f"{model.encoder.config.vocab_size}. Take the tokenizer from the checkpoint's own folder"
+        )
+    return ImagePredictor(model, tokenizer, preprocessing)

@@ -54,10 +54,7 @@ def segmenters() -> dict[str, tuple[str, SegmenterConfig]]:
 @cache
 def _table() -> dict[str, ModelConfig]:
     encoders = encoder_configs()
-    table = {
-        name: ModelConfig(name, family, config)
-        for name, (family, config) in segmenters().items()
-    }
+    table = {name: ModelConfig(name, family, config) for name, (family, config) in segmenters().items()}
     for name, (family, config) in segmenters().items():
         for scale, encoder in encoders.items():
             model = ModelConfig(name, family, config, scale, encoder)
@@ -81,7 +78,7 @@ def model_config(name: str) -> ModelConfig:
     if name not in _table():
         raise ModelError(
             f"Unknown model {name!r}.{nearest(name, _table())} Known: {', '.join(RELEASED)} and "
-            f"{len(_table()) - len(RELEASED)} more (python tools/list_models.py)"
+            f"{len(_table()) - len(RELEASED)} more (python -m tools.list_models)"
         )
     return _table()[name]
 

@@ -1,1 +1,1 @@
-"""What `model/` and `datasets/` share: images, masks, phrases, devices, errors. Imports nothing else of this project."""
+"""What `model/` and `datasets/` share: images, masks, phrases, devices, errors. Imports nothing else of ours."""

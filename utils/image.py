@@ -92,7 +92,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if values.dtype == np.float32:
         low, high = float(values.min()), float(values.max())
-        top = 1.0 if 0.0 <= low and high <= 1.0 else 255.0 if high <= 255.0 else 65535.0
+        top = 1.0 if low >= 0.0 and high <= 1.0 else 255.0 if high <= 255.0 else 65535.0
         return Image.fromarray((np.clip(values / top, 0, 1) * 255).astype(np.uint8))
     return Image.fromarray((np.clip(values, 0, 65535).astype(np.uint32) >> 8).astype(np.uint8))
 

@@ -1,4 +1,4 @@
-"""BEiT-3 .pth files of microsoft/unilm: tensors below the entry "model", named `beit3.…`; other heads may lie beside."""
+"""BEiT-3 .pth files of microsoft/unilm: tensors `beit3.…` below the entry "model"; other heads may lie beside."""
 
 from .rules import Format
 

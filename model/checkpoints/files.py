@@ -41,14 +41,16 @@ class TensorFile:
             try:
                 self._handle = safe_open(self.path, "pt", device="cpu")
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{self.path} is damaged or not safetensors ({error}). Download it again") from None
+                raise CheckpointError(
+                    f"{self.path} is damaged or not safetensors ({error}). Download it again"
+                ) from None
         else:
             self._tensors = _load_pickle(self.path, self.entry)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return name -> shape of every tensor, without reading any."""
         if self.path.suffix == ".safetensors":
-            return {name: tuple(self._handle.get_slice(name).get_shape()) for name in self._handle.keys()}
+            return {name: tuple(self._handle.get_slice(name).get_shape()) for name in self._handle.keys()}  # noqa: SIM118
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> Tensor:

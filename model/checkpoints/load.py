@@ -90,11 +90,7 @@ def load_model(
         config = model_config(str(source))
         model = _with_parts(config, segmenter_checkpoint, encoder_checkpoint)
         return model.to(device=device, dtype=dtype)
-    resolved = resolve(source)
-    with torch.device("meta"):
-        model = build_model(resolved.config)
-    fill_model(model, resolved, device, dtype)
-    return model
+    return fill_model(resolve(source), device, dtype)
 
 
 def resolve(source: str | Path) -> Source:
@@ -149,7 +145,7 @@ def find_source(source: str | Path) -> Path:
 
 def _download(repository: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["config.json", "*.safetensors", "*.bin", "*.index.json", "*.model", "*.spm"]
     try:
@@ -166,9 +162,11 @@ def _plain_file(path: Path) -> Source:
     checkpoint = Checkpoint(path, entry="model")
     family = evf_sam.family_of(checkpoint.shapes, "")
     if family is None:
-        kind = "BEiT-3 weights: pass them as encoder_checkpoint of a registry name" if any(
-            name.startswith(PREFIX) for name in checkpoint.shapes
-        ) else "of no known format"
+        kind = (
+            "BEiT-3 weights: pass them as encoder_checkpoint of a registry name"
+            if any(name.startswith(PREFIX) for name in checkpoint.shapes)
+            else "of no known format"
+        )
         raise CheckpointError(f"{path} is {kind}. A model file is of SAM, SAM-2 or EfficientSAM; a folder of EVF-SAM")
     config = find_config(family, *evf_sam.segmenter_shape(checkpoint.shapes, "", family), None)
     config = _with_video(config, checkpoint, "")
@@ -190,12 +188,14 @@ def _with_video(config: ModelConfig, checkpoint: Checkpoint, prefix: str) -> Mod
     return dataclasses.replace(config, segmenter=segmenter)
 
 
-def fill_model(model: nn.Module, source: Source, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Put a checkpoint's tensors into a model that was built on the meta device.
+def fill_model(source: Source, device: torch.device, dtype: torch.dtype | None) -> EVFModel:
+    """Build a model on the meta device and put a checkpoint's tensors in place.
 
     Raises:
         CheckpointError: a missing, extra or mis-shaped tensor.
     """
+    with torch.device("meta"):
+        model = build_model(source.config)
     targets = named_tensors(model)
     sections = source.sections or (Section("", "", evf_sam.Format(())),)
     key_map = KeyMap(targets, sections)
@@ -207,6 +207,7 @@ def fill_model(model: nn.Module, source: Source, device: torch.device, dtype: to
         if buffer.device != device:
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, buffer.to(device))
+    return model
 
 
 def fill_tensors(
@@ -266,7 +267,9 @@ def _with_parts(config: ModelConfig, segmenter: str | Path | None, encoder: str 
         fill_tensors(model, targets, KeyMap(targets, part.sections), part.checkpoint, cpu, None)
     if encoder is not None:
         if model.encoder is None:
-            raise ModelError(f"{config.name} has no encoder; encoder_checkpoint goes with a name such as evf-{config.name}-base")
+            raise ModelError(
+                f"{config.name} has no encoder; encoder_checkpoint goes with a name such as evf-{config.name}-base"
+            )
         checkpoint = Checkpoint(_existing(encoder), entry="model")
         others = [name for name in checkpoint.shapes if not name.startswith(PREFIX)]
         for name in others:

@@ -31,8 +31,10 @@ SAM2 = Format(
         (r"\bmlp\.proj_out\.", "mlp.layers.1."),
         (r"\bpatch_embed\.projection\.", "patch_embed.proj."),
         (r"shared_embedding\.positional_embedding$", "pe_layer.positional_encoding_gaussian_matrix"),
-        (r"^shared_image_embedding\.positional_embedding$",
-         "sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"),
+        (
+            r"^shared_image_embedding\.positional_embedding$",
+            "sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+        ),
         (r"\bmask_embed\.conv1\.", "mask_downscaling.0."),
         (r"\bmask_embed\.layer_norm1\.", "mask_downscaling.1."),
         (r"\bmask_embed\.conv2\.", "mask_downscaling.3."),

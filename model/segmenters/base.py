@@ -86,9 +86,7 @@ class Segmenter(nn.Module):
         Returns:
             float32, per image [n_i, H_i, W_i], in the order of the prompts.
         """
-        return [
-            self._to_image(logits[image_index == i].float()[:, None], size)[:, 0] for i, size in enumerate(sizes)
-        ]
+        return [self._to_image(logits[image_index == i].float()[:, None], size)[:, 0] for i, size in enumerate(sizes)]
 
     def _to_image(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
         if self.image_spec.resize == "letterbox":
@@ -97,6 +95,10 @@ class Segmenter(nn.Module):
             logits = F.interpolate(logits, (side, side), mode="bilinear", align_corners=False)
             logits = logits[..., :height, :width]
         return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+
+    def compile_image_encoder(self) -> None:
+        """Let torch.compile speed up `encode_image`; the first call compiles."""
+        self.encode_image = torch.compile(self.encode_image, dynamic=False)
 
     def restore_buffers(self) -> None:
         """Compute the buffers that no checkpoint stores, after a build on the meta device."""

@@ -4,6 +4,8 @@ The decoder is not SAM's: exact GELU throughout, every self-attention has a resi
 the running tokens of the second layer, and one group norm replaces the channel layer norm.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
@@ -144,7 +146,7 @@ class TwoWayLayer(nn.Module):
         self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(PROMPT_WIDTH) for _ in range(4))
 
     def forward(self, tokens: Tensor, image: Tensor, learned: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens and learned [N, P, 256], image [N, h*w, 256], positions [1, h*w, 256]."""
+        """Tokens and learned [N, P, 256], image [N, h*w, 256], positions [1, h*w, 256]."""
         if not self.is_first:
             tokens = tokens + learned
         tokens = self.norm1(tokens + self.self_attn(tokens, tokens, tokens))
@@ -164,7 +166,7 @@ class TwoWayTransformer(nn.Module):
         self.norm_final_attn = nn.LayerNorm(PROMPT_WIDTH)
 
     def forward(self, image: Tensor, positions: Tensor, learned: Tensor) -> tuple[Tensor, Tensor]:
-        """image [N, h*w, 256], positions [1, h*w, 256], learned [N, P, 256] to tokens and image."""
+        """Image [N, h*w, 256], positions [1, h*w, 256], learned [N, P, 256] to tokens and image."""
         tokens = learned
         for layer in self.layers:
             tokens, image = layer(tokens, image, learned, positions)
@@ -177,7 +179,7 @@ class MLP(nn.Module):
 
     def __init__(self, widths: list[int]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[..., first width] to [..., last width]."""

@@ -32,6 +32,7 @@ class SAMSegmenter(Segmenter):
         library = _library_config(config)
         self.image_encoder = SamVisionEncoder(library.vision_config)
         self.prompt_encoder = SamPromptEncoder(library)
+        library.mask_decoder_config._attn_implementation = library._attn_implementation or "sdpa"
         self.mask_decoder = SamMaskDecoder(library.mask_decoder_config)
         if not library_attention:
             for layer in self.image_encoder.layers:
@@ -117,7 +118,7 @@ class RelativeAttention(nn.Module):
         Returns:
             [G, H, W, H, W].
         """
-        groups, height, width, _ = query.shape
+        _, height, width, _ = query.shape
         table_h, table_w = (
             table[_distances(side).to(table.device)]
             for side, table in ((height, self.rel_pos_h), (width, self.rel_pos_w))

@@ -1,0 +1,51 @@
+"""Options of inference.py. The first block is the published command line; the defaults are the published ones."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tyro.conf import FlagCreatePairsOff, UseAppendAction
+
+
+@dataclass(frozen=True)
+class InferenceArgs:
+    """Segment images from phrases."""
+
+    version: str
+    """Checkpoint: a folder in the published EVF-SAM layout or of ours, a Hugging Face hub id, or a released name."""
+    image_path: str
+    """An image, a folder of images, or a quoted glob such as 'shots/**/*.jpg'."""
+    prompt: UseAppendAction[tuple[str, ...]]
+    """The phrase; give the option several times for several masks per image."""
+    vis_save_path: str = "./infer"
+    """Folder for pictures, masks and results.json."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Type of the weights; auto is fp16 on CUDA and fp32 elsewhere. Falls back with a warning where a device cannot."""
+    model_type: Literal["auto", "ori", "effi", "sam2"] = "auto"
+    """Kind of segmenter. The checkpoint says it itself; a value that disagrees is an error."""
+    image_size: int = 224
+    """Side of the encoder's image; must be what the encoder was trained with."""
+    model_max_length: int = 512
+    """Longest phrase in tokens."""
+    load_in_8bit: FlagCreatePairsOff[bool] = False
+    """Quantise the encoder to 8 bit (needs bitsandbytes); the segmenter stays as it is."""
+    load_in_4bit: FlagCreatePairsOff[bool] = False
+    """Quantise the encoder to 4 bit (needs bitsandbytes)."""
+    local_rank: int = 0
+    """Which GPU, for launchers that pass it as an option; torchrun sets it by itself."""
+
+    device: str | None = None
+    """cpu, cuda, cuda:1 or mps; by default CUDA, then MPS, then the CPU."""
+    semantic: FlagCreatePairsOff[bool] = False
+    """Ask for everything of a class (multitask checkpoints): prefixes '[semantic] '."""
+    save_mask: FlagCreatePairsOff[bool] = False
+    """Also write <stem>_mask.png, 8 bit, 0 and 255."""
+    save_logits: FlagCreatePairsOff[bool] = False
+    """Also write <stem>_logits.npy, float32 [H, W] at the image's size."""
+    compile: FlagCreatePairsOff[bool] = False
+    """torch.compile the image encoder: slower to start, then faster; needs a C++ compiler."""
+    truncate: FlagCreatePairsOff[bool] = False
+    """Cut phrases that are too long, with a warning, instead of refusing them."""
+    overwrite: FlagCreatePairsOff[bool] = False
+    """Do images again that results.json already holds."""
+    max_pixels: int = 89_478_485
+    """Refuse larger images, before they are decoded."""

@@ -1,0 +1,282 @@
+"""The work of inference.py: a list of images and phrases to pictures, masks and results.json, resumable."""
+
+import glob
+import json
+import logging
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from configs.inference import InferenceArgs
+from utils.distributed import Ranks
+from utils.errors import ImageError, ModelError, PromptError
+from utils.files import atomic_path, write_json
+from utils.image import IMAGE_SUFFIXES, read_image
+from utils.masks import encode_rle, save_mask
+from utils.precision import choose_device, choose_dtype
+from utils.tokenizer import PhraseTokenizer, semantic_phrase
+from utils.visualize import overlay, save_picture, with_legend
+
+from .checkpoints.load import fill_model, find_source, resolve
+from .predictor import ImagePredictor, Prediction, build_predictor
+from .quantization import quantize_encoder, require_bitsandbytes
+from .registry import MODEL_TYPES
+
+RESULTS = "results.json"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image and the name its files begin with."""
+
+    path: Path
+    stem: str
+
+
+def run(args: InferenceArgs) -> int:
+    """Do what the options say; return the exit status: 0, or 1 where some images of a folder could not be read.
+
+    Raises:
+        TextSAMError: nothing was written.
+    """
+    check_args(args)
+    jobs = find_images(args.image_path)
+    ranks = Ranks.from_environment(args.local_rank)
+    folder = Path(args.vis_save_path)
+    if folder.exists() and not folder.is_dir():
+        raise ModelError(f"--vis_save_path {folder} is a file. Give a folder")
+    settings = {
+        "version": args.version, "prompts": list(args.prompt), "semantic": args.semantic,
+        "precision": args.precision, "bits": 8 if args.load_in_8bit else 4 if args.load_in_4bit else None,
+    }  # fmt: skip
+    records = {} if args.overwrite else read_records(folder)
+    todo = [job for job in ranks.share(jobs) if not is_done(records.get(str(job.path)), settings, args, folder, job)]
+    is_single = len(jobs) == 1
+    if is_single and todo:
+        read_image(jobs[0].path, args.max_pixels)
+    failed: list[str] = []
+    if todo:
+        predictor = load(args, ranks)
+        failed = _work(args, predictor, todo, folder, settings, ranks, is_single)
+    ranks.wait_for_all()
+    if ranks.is_first:
+        merge_records(folder)
+    skipped = len(ranks.share(jobs)) - len(todo)
+    if skipped:
+        logger.info("%d images were already done (--overwrite does them again)", skipped)
+    if failed:
+        sys.stderr.write(f"{len(failed)} of {len(todo)} images could not be used:\n  " + "\n  ".join(failed) + "\n")
+    return 1 if failed else 0
+
+
+def _work(
+    args: InferenceArgs,
+    predictor: ImagePredictor,
+    todo: list[Job],
+    folder: Path,
+    settings: dict[str, Any],
+    ranks: Ranks,
+    is_single: bool,
+) -> list[str]:
+    phrases = [semantic_phrase(phrase) for phrase in args.prompt] if args.semantic else list(args.prompt)
+    failed = []
+    bar = tqdm(todo, unit="image", disable=is_single or not ranks.is_first)
+    for job in bar:
+        try:
+            image = read_image(job.path, args.max_pixels)
+        except ImageError as error:
+            if is_single:
+                raise
+            failed.append(str(error))
+            continue
+        predictor.set_image(image)
+        prediction = predictor.predict(phrases)
+        record = write_outputs(args, job, image, prediction, folder)
+        append_record(folder, ranks.rank, {**record, "settings": settings})
+    return failed
+
+
+def check_args(args: InferenceArgs) -> None:
+    """Refuse options that cannot work before anything is loaded.
+
+    Raises:
+        PromptError, ModelError: which one and why.
+    """
+    for phrase in args.prompt:
+        if not phrase.strip():
+            raise PromptError(f"empty phrase {phrase!r}. Describe the object: --prompt 'the zebra on the left'")
+    if len(set(args.prompt)) < len(args.prompt):
+        raise PromptError("the same --prompt was given twice. Give each phrase once")
+    if args.load_in_8bit and args.load_in_4bit:
+        raise ModelError("--load_in_8bit and --load_in_4bit exclude each other. Give one")
+    if args.load_in_8bit or args.load_in_4bit:
+        require_bitsandbytes("--load_in_8bit" if args.load_in_8bit else "--load_in_4bit")
+    if args.model_max_length < 3:
+        raise ModelError(f"--model_max_length {args.model_max_length} leaves no room for a phrase. Default: 512")
+
+
+def find_images(pattern: str) -> list[Job]:
+    """Return the images that a path, folder or glob names, sorted, each with a stem of its own.
+
+    Raises:
+        ImageError: there are none.
+    """
+    path = Path(pattern)
+    if path.is_dir():
+        paths = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        if not paths:
+            raise ImageError(f"no images in folder {path}. Looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
+    elif not path.exists() and glob.has_magic(pattern):
+        paths = sorted(Path(p) for p in glob.iglob(pattern, recursive=True) if Path(p).is_file())  # noqa: PTH207
+        paths = [p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES]
+        if not paths:
+            raise ImageError(f"no images match {pattern!r}. Quote the pattern, and check it with ls")
+    elif not path.exists():
+        raise ImageError(f"no such image: {path}. Check the path")
+    else:
+        paths = [path]
+    used = Counter(p.stem for p in paths)
+    stems = [
+        p.stem if used[p.stem] == 1 else "_".join(p.with_suffix("").parts[-2:]) + "_" + p.suffix[1:] for p in paths
+    ]
+    if len(set(stems)) < len(stems):
+        double = next(stem for stem, count in Counter(stems).items() if count > 1)
+        raise ImageError(f"two images would write the same files {double}_*. Run their folders one at a time")
+    return [Job(p, stem) for p, stem in zip(paths, stems, strict=True)]
+
+
+def load(args: InferenceArgs, ranks: Ranks) -> ImagePredictor:
+    """Load what `--version` names; phrases are checked before the weights are read.
+
+    Raises:
+        TextSAMError: the checkpoint cannot be used, or the options do not fit it.
+    """
+    device = choose_device(args.device, ranks.local_rank)
+    dtype = choose_dtype(None if args.precision == "auto" else args.precision, device)
+    source = resolve(find_source(args.version))
+    config = source.config
+    if config.encoder is None:
+        raise ModelError(f"{args.version} is {config.name}, which has no phrase encoder. Give an EVF-SAM checkpoint")
+    if args.model_type != "auto" and MODEL_TYPES[args.model_type] != config.family:
+        stated = next(key for key, family in MODEL_TYPES.items() if family == config.family)
+        raise ModelError(
+            f"--model_type {args.model_type} does not fit {args.version}, which is {config.name}. "
+            f"Leave the option out, or give {stated}"
+        )
+    if args.image_size != config.encoder.image_size:
+        raise ModelError(f"--image_size {args.image_size}: this encoder takes {config.encoder.image_size} only")
+    tokenizer = PhraseTokenizer(
+        source.path,
+        min(args.model_max_length, config.encoder.max_text_tokens),
+        "truncate" if args.truncate else "error",
+    )
+    for phrase in args.prompt:
+        tokenizer.encode(semantic_phrase(phrase) if args.semantic else phrase)
+    bits = 8 if args.load_in_8bit else 4 if args.load_in_4bit else None
+    model = fill_model(source, torch.device("cpu") if bits else device, dtype)
+    if bits:
+        model = quantize_encoder(model, bits).to(device)
+    predictor = build_predictor(model, tokenizer)
+    if args.compile:
+        model.segmenter.compile_image_encoder()
+    return predictor
+
+
+def names_of(job: Job, count: int) -> list[str]:
+    """Return how the files of each phrase begin: `<stem>`, or `<stem>_<k>` where there are several."""
+    return [job.stem] if count == 1 else [f"{job.stem}_{k}" for k in range(count)]
+
+
+def files_of(args: InferenceArgs, job: Job) -> list[str]:
+    """Return every file name that an image gets."""
+    kinds = ["vis.png"] + ["mask.png"] * args.save_mask + ["logits.npy"] * args.save_logits
+    names = [f"{name}_{kind}" for name in names_of(job, len(args.prompt)) for kind in kinds]
+    return names + ([f"{job.stem}_vis.png"] if len(args.prompt) > 1 else [])
+
+
+def write_outputs(
+    args: InferenceArgs, job: Job, image: np.ndarray, prediction: Prediction, folder: Path
+) -> dict[str, Any]:
+    """Write the pictures, masks and logits of one image and return its record for results.json."""
+    for k, name in enumerate(names_of(job, len(args.prompt))):
+        save_picture(folder / f"{name}_vis.png", overlay(image, prediction.masks[k : k + 1]))
+        if args.save_mask:
+            save_mask(folder / f"{name}_mask.png", prediction.masks[k])
+        if args.save_logits:
+            with atomic_path(folder / f"{name}_logits.npy") as temporary:
+                np.save(temporary, prediction.logits[k])
+    if len(args.prompt) > 1:
+        named = enumerate(zip(args.prompt, prediction.scores, strict=True))
+        texts = [f"{k}: {phrase}  {score:.2f}" for k, (phrase, score) in named]
+        save_picture(folder / f"{job.stem}_vis.png", with_legend(overlay(image, prediction.masks), texts))
+    masks = [
+        {
+            "phrase": phrase,
+            "score": round(float(prediction.scores[k]), 6),
+            "box": [round(float(value), 1) for value in prediction.boxes[k]],
+            "area": int(prediction.masks[k].sum()),
+            "segmentation": rle,
+        }
+        for k, (phrase, rle) in enumerate(zip(args.prompt, encode_rle(prediction.masks), strict=True))
+    ]
+    height, width = image.shape[:2]
+    return {"image": str(job.path), "stem": job.stem, "height": height, "width": width, "masks": masks}
+
+
+def is_done(
+    record: dict[str, Any] | None, settings: dict[str, Any], args: InferenceArgs, folder: Path, job: Job
+) -> bool:
+    """Return whether an earlier run wrote all of this image with the same settings."""
+    return (
+        record is not None
+        and record.get("settings") == settings
+        and all((folder / name).is_file() for name in files_of(args, job))
+    )
+
+
+def _record_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("results.rank*.jsonl"))
+
+
+def append_record(folder: Path, rank: int, record: dict[str, Any]) -> None:
+    """Add one image to this rank's list; written at once, so that a stopped run loses nothing."""
+    with (folder / f"results.rank{rank}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def read_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return image path -> record of earlier runs, finished and stopped; a line cut off by a stop is dropped."""
+    records: dict[str, dict[str, Any]] = {}
+    if (folder / RESULTS).is_file():
+        try:
+            records = {record["image"]: record for record in json.loads((folder / RESULTS).read_text("utf-8"))}
+        except (json.JSONDecodeError, TypeError, KeyError):
+            raise ModelError(
+                f"{folder / RESULTS} is not a list of results. Move it away, or give another folder"
+            ) from None
+    for path in _record_files(folder):
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            records[record["image"]] = record
+    return records
+
+
+def merge_records(folder: Path) -> None:
+    """Write results.json from the earlier one and every rank's list, then remove the lists."""
+    parts = _record_files(folder)
+    if parts:
+        records = read_records(folder)
+        write_json(folder / RESULTS, [records[image] for image in sorted(records)])
+        for path in parts:
+            path.unlink()

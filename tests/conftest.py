@@ -1,0 +1,69 @@
+"""What the tests share: tiny checkpoints of every family in the published layout, images, and the golden data's place."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.checkpoints.load import build_model, save_published
+from model.registry import model_config
+
+ROOT = Path(__file__).parent.parent
+TOKENIZER = ROOT / "assets" / "tokenizer"
+NANO = {
+    "sam": "evf-sam-vit-nano-nano",
+    "sam2": "evf-sam2-hiera-nano-nano",
+    "efficient_sam": "evf-efficient-sam-nano-nano",
+}
+"""Family -> registry name of a model that is small enough to run in a test."""
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    torch.set_num_threads(2)
+
+
+def nano_model(family: str, seed: int = 0):
+    """Return a nano model with random weights that depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_model(model_config(NANO[family]))
+
+
+@pytest.fixture(scope="session")
+def nano_folders(tmp_path_factory):
+    """Family -> checkpoint folder in the published layout; read only."""
+    folders = {}
+    for family in NANO:
+        folders[family] = tmp_path_factory.mktemp(family)
+        save_published(nano_model(family), folders[family], TOKENIZER)
+    return folders
+
+
+@pytest.fixture
+def nano_folder(nano_folders, tmp_path):
+    """Return a checkpoint folder of SAM 2 nano that a test may damage."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(nano_folders["sam2"], folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """Return an image with structure, uint8 RGB [120, 160, 3]."""
+    y, x = np.mgrid[:120, :160]
+    image = np.stack([x * 255 // 159, y * 255 // 119, (x + y) % 256], axis=-1).astype(np.uint8)
+    image[20:60, 30:90] = (220, 40, 40)
+    image[70:110, 100:150] = (30, 60, 200)
+    return image
+
+
+@pytest.fixture(scope="session")
+def picture_path(picture, tmp_path_factory):
+    """Return the same image as a PNG file."""
+    path = tmp_path_factory.mktemp("images") / "picture.png"
+    Image.fromarray(picture).save(path)
+    return path

@@ -1,0 +1,68 @@
+"""Pictures of masks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .files import atomic_path
+
+PALETTE = np.array(
+    [
+        (50, 120, 220), (230, 85, 40), (60, 165, 75), (205, 60, 140), (240, 180, 30), (120, 80, 200),
+        (20, 170, 180), (160, 100, 50), (140, 190, 40), (235, 105, 115),
+    ],
+    np.uint8,
+)  # fmt: skip
+"""Colours that stay apart for most kinds of colour vision; reused from the start where there are more masks."""
+
+
+def overlay(image: np.ndarray, masks: np.ndarray, opacity: float = 0.5) -> np.ndarray:
+    """Return a copy of an image with masks in colour and their outlines.
+
+    Args:
+        image: uint8 RGB [H, W, 3].
+        masks: bool [N, H, W]; later ones lie on top.
+        opacity: of the colour, 0..1.
+    """
+    picture = image.astype(np.float32)
+    for mask, colour in zip(masks, colours(len(masks)), strict=True):
+        picture[mask] = picture[mask] * (1 - opacity) + colour * np.float32(opacity)
+    picture = picture.round().astype(np.uint8)
+    thickness = max(1, round(max(image.shape[:2]) / 500))
+    for mask, colour in zip(masks, colours(len(masks)), strict=True):
+        outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(picture, outlines, -1, colour.tolist(), thickness, cv2.LINE_AA)
+    return picture
+
+
+def colours(count: int) -> np.ndarray:
+    """Return uint8 RGB [count, 3]."""
+    return PALETTE[np.arange(count) % len(PALETTE)]
+
+
+def with_legend(picture: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+    """Return the picture with a line of text per mask below it, each beside a square of its colour.
+
+    Args:
+        picture: uint8 RGB [H, W, 3].
+    """
+    size = max(12, picture.shape[1] // 40)
+    font = ImageFont.load_default(size)
+    row = int(size * 1.6)
+    canvas = Image.new("RGB", (picture.shape[1], picture.shape[0] + row * len(texts)), "white")
+    canvas.paste(Image.fromarray(picture))
+    draw = ImageDraw.Draw(canvas)
+    for i, (text, colour) in enumerate(zip(texts, colours(len(texts)), strict=True)):
+        top = picture.shape[0] + i * row
+        draw.rectangle((size // 2, top + size // 4, size * 3 // 2, top + size * 5 // 4), fill=tuple(colour.tolist()))
+        draw.text((size * 2, top + size // 8), text, fill="black", font=font)
+    return np.array(canvas)
+
+
+def save_picture(path: Path, picture: np.ndarray) -> None:
+    """Write uint8 RGB [H, W, 3] as PNG, atomically."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(picture).save(temporary)
