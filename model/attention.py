@@ -4,6 +4,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 
@@ -34,13 +35,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, padding: Tenso
     Returns:
         [N, Q, D].
     """
-    query, key, value = (tokens.unflatten(2, (heads, -1)) for tokens in (query, key, value))
     if padding is None and can_use_flash(query):
         from flash_attn import flash_attn_func
 
-        return flash_attn_func(query, key, value).flatten(2)
+        parts = (rearrange(tokens, "n t (g c) -> n t g c", g=heads) for tokens in (query, key, value))
+        return rearrange(flash_attn_func(*parts), "n t g c -> n t (g c)")
     mask = None if padding is None else ~padding[:, None, None, :]
-    attended = F.scaled_dot_product_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
-    )
-    return attended.transpose(1, 2).flatten(2)
+    parts = (rearrange(tokens, "n t (g c) -> n g t c", g=heads) for tokens in (query, key, value))
+    return rearrange(F.scaled_dot_product_attention(*parts, attn_mask=mask), "n g t c -> n t (g c)")

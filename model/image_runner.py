@@ -1,9 +1,11 @@
 """The work of inference.py: a list of images and phrases to pictures, masks and results.json, resumable."""
 
+import contextlib
 import glob
 import json
 import logging
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +53,7 @@ def run(args: InferenceArgs) -> int:
     jobs = find_images(args.image_path)
     ranks = Ranks.from_environment(args.local_rank)
     folder = Path(args.vis_save_path)
-    if folder.exists() and not folder.is_dir():
-        raise ModelError(f"--vis_save_path {folder} is a file. Give a folder")
+    check_outputs(args, jobs, folder)
     settings = {
         "version": args.version, "prompts": list(args.prompt), "semantic": args.semantic,
         "precision": args.precision, "bits": 8 if args.load_in_8bit else 4 if args.load_in_4bit else None,
@@ -69,6 +70,7 @@ def run(args: InferenceArgs) -> int:
     ranks.wait_for_all()
     if ranks.is_first:
         merge_records(folder)
+    ranks.wait_for_all()  # torchrun stops the other ranks when one exits with 1: not while the first still merges
     skipped = len(ranks.share(jobs)) - len(todo)
     if skipped:
         logger.info("%d images were already done (--overwrite does them again)", skipped)
@@ -110,6 +112,8 @@ def check_args(args: InferenceArgs) -> None:
     Raises:
         PromptError, ModelError: which one and why.
     """
+    if not args.prompt:
+        raise PromptError("no phrase. Give at least one: --prompt 'the zebra on the left'")
     for phrase in args.prompt:
         if not phrase.strip():
             raise PromptError(f"empty phrase {phrase!r}. Describe the object: --prompt 'the zebra on the left'")
@@ -121,6 +125,20 @@ def check_args(args: InferenceArgs) -> None:
         require_bitsandbytes("--load_in_8bit" if args.load_in_8bit else "--load_in_4bit")
     if args.model_max_length < 3:
         raise ModelError(f"--model_max_length {args.model_max_length} leaves no room for a phrase. Default: 512")
+
+
+def check_outputs(args: InferenceArgs, jobs: list[Job], folder: Path) -> None:
+    """Refuse a folder that cannot be one, and images whose files would overwrite each other.
+
+    Raises:
+        ModelError, ImageError: which one and why.
+    """
+    file = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise ModelError(f"--vis_save_path {folder}: {file} is a file. Give a folder")
+    name, count = Counter(name for job in jobs for name in files_of(args, job)).most_common(1)[0]
+    if count > 1:
+        raise ImageError(f"two images would write the same file {name}. Run them one at a time, to two folders")
 
 
 def find_images(pattern: str) -> list[Job]:
@@ -247,28 +265,39 @@ def _record_files(folder: Path) -> list[Path]:
 
 
 def append_record(folder: Path, rank: int, record: dict[str, Any]) -> None:
-    """Add one image to this rank's list; written at once, so that a stopped run loses nothing."""
-    with (folder / f"results.rank{rank}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    """Add one image to this rank's list; written at once, so that a stopped run loses nothing.
+
+    It begins a line of its own, for a stopped run may have left half of one. ASCII has no other ends of line.
+    """
+    with (folder / f"results.rank{rank}.jsonl").open("a", encoding="ascii") as file:
+        file.write("\n" + json.dumps({**record, "written": time.time()}) + "\n")
 
 
 def read_records(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return image path -> record of earlier runs, finished and stopped; a line cut off by a stop is dropped."""
-    records: dict[str, dict[str, Any]] = {}
-    if (folder / RESULTS).is_file():
-        try:
-            records = {record["image"]: record for record in json.loads((folder / RESULTS).read_text("utf-8"))}
-        except (json.JSONDecodeError, TypeError, KeyError):
-            raise ModelError(
-                f"{folder / RESULTS} is not a list of results. Move it away, or give another folder"
-            ) from None
+    """Return image path -> record of earlier runs, finished and stopped; a line cut off by a stop is dropped.
+
+    Of two records of one image, and of two images that wrote the same files, the later one counts.
+    """
+    records = _finished_records(folder)
     for path in _record_files(folder):
-        for line in path.read_text("utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            records[record["image"]] = record
+        for line in path.read_text("ascii", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+    for key in ("image", "stem"):
+        records.sort(key=lambda record: record.get("written", 0.0))
+        records = list({record[key]: record for record in records}.values())
+    return {record["image"]: record for record in records}
+
+
+def _finished_records(folder: Path) -> list[dict[str, Any]]:
+    path = folder / RESULTS
+    if not path.is_file():
+        return []
+    try:
+        records = json.loads(path.read_text("utf-8"))
+        _ = [(record["image"], record["stem"]) for record in records]
+    except (ValueError, TypeError, KeyError):
+        raise ModelError(f"{path} is not a list of results. Move it away, or give another folder") from None
     return records
 
 
@@ -277,6 +306,8 @@ def merge_records(folder: Path) -> None:
     parts = _record_files(folder)
     if parts:
         records = read_records(folder)
+        for record in records.values():
+            record.pop("written", None)
         write_json(folder / RESULTS, [records[image] for image in sorted(records)])
         for path in parts:
             path.unlink()

@@ -1,4 +1,4 @@
-"""What the tests share: tiny checkpoints of every family in the published layout, images, and the golden data's place."""
+"""What the tests share: tiny checkpoints of every family in the published layout, and an image."""
 
 import shutil
 from pathlib import Path

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 EXIT_BAD_INPUT = 2
+_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]*)(?=\.|$)")
 
 
 class TextSAMError(ValueError):
@@ -40,14 +41,14 @@ def nearest(value: str, known: Iterable[str], count: int = 3) -> str:
 
 
 def compress_names(names: Iterable[str]) -> str:
-    """Return every name, those that differ only in one kind of number or in their last part written once.
+    """Return every name, those that differ only in numbers written once.
 
     `a.0.w a.1.w a.1.b` becomes `a.{0..1}.w, a.1.b`: short enough for one line, and nothing is left out.
     """
     groups: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
     for name in names:
-        parts = tuple(re.split(r"(?<=\.)\d+(?=\.|$)", name))
-        groups.setdefault(parts, []).append(tuple(int(n) for n in re.findall(r"(?<=\.)\d+(?=\.|$)", name)))
+        parts = tuple(_NUMBER.split(name))
+        groups.setdefault(parts, []).append(tuple(int(n) for n in _NUMBER.findall(name)))
     lines = []
     for parts, numbers in groups.items():
         for ranges in _product_ranges(sorted(set(numbers))):

@@ -33,15 +33,15 @@ class ImageSpec:
     * `size`: side of the square input in pixels.
     * `resize`: `letterbox` keeps the aspect ratio, scales the longest side to `size` and pads right and bottom with 0
       after normalising; `square` scales both sides to `size`.
-    * `filter`: `pillow-bilinear` (antialiased, on uint8), `torch-bilinear` (on the uint8 tensor, not antialiased) or
-      `torch-bicubic` (on the float tensor, not antialiased, not clamped).
+    * `filter`: `pillow-bilinear` or `pillow-bicubic` (antialiased, on uint8), `torch-bilinear` (on the uint8 tensor, not
+      antialiased) or `torch-bicubic` (on the float tensor, not antialiased, not clamped).
     * `mean`, `std`: per channel, on the scale 0..`scale`.
     * `scale`: 255 keeps the byte values, 1 divides by 255 first.
     """
 
     size: int
     resize: Literal["letterbox", "square"] = "square"
-    filter: Literal["pillow-bilinear", "torch-bilinear", "torch-bicubic"] = "torch-bilinear"
+    filter: Literal["pillow-bilinear", "pillow-bicubic", "torch-bilinear", "torch-bicubic"] = "torch-bilinear"
     mean: tuple[float, float, float] = SAM_MEAN
     std: tuple[float, float, float] = SAM_STD
     scale: float = 255.0
@@ -57,11 +57,17 @@ class ImageSpec:
         """Return the spec of the published evaluation and training loaders: Pillow instead of torch bilinear."""
         return replace(self, filter="pillow-bilinear") if self.filter == "torch-bilinear" else self
 
+    def for_video(self) -> "ImageSpec":
+        """Return the spec of the published video loader: square, Pillow's bicubic, mean and std on the scale 0..1."""
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        return replace(self, resize="square", filter="pillow-bicubic", mean=mean, std=std, scale=1.0)
+
     def resize_image(self, image: np.ndarray) -> torch.Tensor:
         """Return the resized image [3, h, w] before normalising: uint8, or float32 0..`scale` for `torch-bicubic`."""
         size = self.resized_size(*image.shape[:2])
-        if self.filter == "pillow-bilinear":
-            resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
+        if self.filter.startswith("pillow"):
+            kind = Image.Resampling.BILINEAR if self.filter == "pillow-bilinear" else Image.Resampling.BICUBIC
+            resized = Image.fromarray(image).resize(size[::-1], kind)
             return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
         pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
         if self.filter == "torch-bilinear":
@@ -91,6 +97,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     """Return a 16- or 32-bit grey image as 8-bit grey: the high byte of a 16-bit value, as OpenCV reads it."""
     values = np.asarray(image)
     if values.dtype == np.float32:
+        values = np.nan_to_num(values)
         low, high = float(values.min()), float(values.max())
         top = 1.0 if low >= 0.0 and high <= 1.0 else 255.0 if high <= 255.0 else 65535.0
         return Image.fromarray((np.clip(values / top, 0, 1) * 255).astype(np.uint8))
@@ -128,9 +135,7 @@ def read_image(source: ImageLike, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             raise ImageError(_too_large("image array", source.shape[1], source.shape[0], max_pixels))
         return source
     if isinstance(source, Image.Image):
-        if source.width * source.height > max_pixels:
-            raise ImageError(_too_large("image", source.width, source.height, max_pixels))
-        return to_rgb(source)
+        return _decode(source, "image", max_pixels)
     path = Path(source)
     if not path.exists():
         raise ImageError(f"no such image: {path}. Check the path; it is relative to {Path.cwd().name or '/'}/")
@@ -138,31 +143,39 @@ def read_image(source: ImageLike, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise ImageError(f"{path} is a folder, an image file is needed")
     if path.stat().st_size == 0:
         raise ImageError(f"{path} is empty (0 bytes). Download or export it again")
-    return _decode(path, max_pixels)
-
-
-def _decode(path: Path, max_pixels: int) -> np.ndarray:
+    # Pillow warns between one and two times its bound and refuses above; `max_pixels` is checked in `_decode` instead.
     try:
-        # Pillow warns between one and two times its bound and refuses above; `max_pixels` is checked here instead.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                if image.width * image.height > max_pixels:
-                    raise ImageError(_too_large(str(path), image.width, image.height, max_pixels))
-                if ImageFile.LOAD_TRUNCATED_IMAGES:
-                    raise ImageError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set; unset it: it hides damaged files")
-                image.load()
-                return to_rgb(image)
+                return _decode(image, str(path), max_pixels)
     except UnidentifiedImageError:
         raise ImageError(
             f"{path} is not an image that Pillow can read. Allowed: {', '.join(sorted(IMAGE_SUFFIXES))}"
         ) from None
     except Image.DecompressionBombError:
-        raise ImageError(f"{path} is over the bound of {max_pixels:,} pixels. Make it smaller first") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        if isinstance(error, ImageError):
-            raise
-        raise ImageError(f"{path} cannot be decoded ({error}): truncated or damaged. Download it again") from None
+        bound = min(max_pixels, 2 * Image.MAX_IMAGE_PIXELS)  # above twice its own bound, Pillow refuses whatever ours
+        raise ImageError(f"{path} is over the bound of {bound:,} pixels. Make it smaller first") from None
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(_damaged(str(path), error)) from None
+
+
+def _decode(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:
+    if image.width * image.height > max_pixels:
+        raise ImageError(_too_large(name, image.width, image.height, max_pixels))
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise ImageError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set; unset it: it hides damaged files")
+    try:
+        return to_rgb(image)
+    except Exception as error:
+        raise ImageError(_damaged(name, error)) from None
+
+
+def _damaged(name: str, error: Exception) -> str:
+    # Pillow's decoders raise what they stumble on, struct.error or KeyError among it: hence `except Exception`.
+    return f"{name} cannot be decoded ({error}): truncated or damaged. Download it again"
 
 
 def _too_large(name: str, width: int, height: int, max_pixels: int) -> str:

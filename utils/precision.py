@@ -45,9 +45,14 @@ def choose_dtype(precision: str | None, device: torch.device) -> torch.dtype:
 
     Args:
         precision: `fp32`, `bf16` or `fp16`; None takes fp16 on CUDA, as the published inference does, else fp32.
+
+    Raises:
+        ModelError: unknown precision.
     """
     if precision is None:
         precision = "fp16" if device.type == "cuda" else "fp32"
+    if precision not in DTYPES:
+        raise ModelError(f"unknown precision {precision!r}. Allowed: {', '.join(DTYPES)}")
     if precision == "fp16" and device.type == "cpu":
         logger.warning("fp16 is slow and inexact on the CPU: using fp32 (bf16 halves the memory there)")
         precision = "fp32"

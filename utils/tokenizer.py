@@ -55,11 +55,15 @@ class PhraseTokenizer:
         """Return `[0] + (piece + 1) + [2]` of one phrase.
 
         Raises:
-            PromptError: the phrase is empty, or longer than `max_length` and `overlong` is `error`.
+            PromptError: the phrase is empty or not Unicode, or longer than `max_length` and `overlong` is `error`.
         """
-        if not phrase.strip():
+        try:
+            pieces = self.pieces.encode(phrase) if phrase.strip() else []
+        except (RuntimeError, UnicodeEncodeError):
+            raise PromptError(f"phrase {phrase!r} is not Unicode text. Type it in a UTF-8 terminal") from None
+        if not pieces:
             raise PromptError(f"empty phrase {phrase!r}. Describe the object, for example 'the zebra on the left'")
-        ids = [piece + 1 if piece else UNK for piece in self.pieces.encode(phrase)]
+        ids = [piece + 1 if piece else UNK for piece in pieces]
         if len(ids) + 2 > self.max_length:
             if self.overlong == "error":
                 raise PromptError(

@@ -19,6 +19,7 @@ from utils.tokenizer import find_tokenizer
 from ..encoders.beit3 import BEiT3
 from ..evf import EVFModel
 from ..registry import FAMILIES, find_config, hub_id, list_models, model_config
+from ..segmenters.base import Segmenter
 from . import evf_sam
 from .beit3 import BEIT3, PREFIX
 from .efficient_sam import EFFICIENT_SAM
@@ -51,12 +52,22 @@ def build_model(config: ModelConfig, **segmenter_options: bool) -> EVFModel:
 
     Under `torch.device("meta")` nothing is allocated; `fill_model` then puts the weights in place.
     """
+    return EVFModel(config, _build_segmenter(config, **segmenter_options), _build_encoder(config)).eval()
+
+
+def _build_segmenter(config: ModelConfig, **options: bool) -> Segmenter:
     family = FAMILIES[config.family]
-    segmenter_class = getattr(importlib.import_module(f"model.segmenters.{family.module}"), family.class_name)
-    encoder = BEiT3(config.encoder) if config.encoder is not None else None
-    if encoder is not None and encoder.text_embed.weight.device.type != "meta":
+    module = importlib.import_module(f"model.segmenters.{family.module}")
+    return getattr(module, family.class_name)(config.segmenter, **options)
+
+
+def _build_encoder(config: ModelConfig) -> BEiT3 | None:
+    if config.encoder is None:
+        return None
+    encoder = BEiT3(config.encoder)
+    if encoder.text_embed.weight.device.type != "meta":
         encoder.init_weights()
-    return EVFModel(config, segmenter_class(config.segmenter, **segmenter_options), encoder).eval()
+    return encoder
 
 
 def load_model(
@@ -260,11 +271,16 @@ def _with_parts(config: ModelConfig, segmenter: str | Path | None, encoder: str 
                 f"{segmenter} is {part.config.segmenter_name}, but {config.name} needs {config.segmenter_name}"
             )
         config = dataclasses.replace(config, segmenter=part.config.segmenter)
-    model = build_model(config)
-    cpu = torch.device("cpu")
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    with meta if segmenter is not None else cpu:
+        segmenter_module = _build_segmenter(config)
+    with meta if encoder is not None else cpu:
+        encoder_module = _build_encoder(config)
+    model = EVFModel(config, segmenter_module, encoder_module).eval()
     if segmenter is not None:
         targets = {f"segmenter.{name}": tensor for name, tensor in named_tensors(model.segmenter).items()}
         fill_tensors(model, targets, KeyMap(targets, part.sections), part.checkpoint, cpu, None)
+        model.segmenter.restore_buffers()
     if encoder is not None:
         if model.encoder is None:
             raise ModelError(
