@@ -80,6 +80,6 @@ class EVFModel(nn.Module):
         if text is not None:
             selected = self.segmenter.select(prediction)
         else:
-            is_ambiguous = prompts.boxes is None and prompts.masks is None and prompts.points.shape[1] == 1
-            selected = self.segmenter.select_for_prompts(prediction, 1 if is_ambiguous else 2)
+            is_ambiguous = prompts.kinds() == ["points"] and prompts.points.shape[1] == 1
+            selected = self.segmenter.select_for_prompts(prediction, is_ambiguous)
         return EVFOutput(prediction, selected, features, text)

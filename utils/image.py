@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from .errors import ImageError
 
@@ -23,6 +23,18 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".
 SAM_MEAN = (123.675, 116.28, 103.53)
 SAM_STD = (58.395, 57.12, 57.375)
 
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the image upright."""
+
 ImageLike = str | Path | Image.Image | np.ndarray
 
 
@@ -33,7 +45,7 @@ class ImageSpec:
     * `size`: side of the square input in pixels.
     * `resize`: `letterbox` keeps the aspect ratio, scales the longest side to `size` and pads right and bottom with 0
       after normalising; `square` scales both sides to `size`.
-    * `filter`: `pillow-bilinear` or `pillow-bicubic` (antialiased, on uint8), `torch-bilinear` (on the uint8 tensor, not
+    * `filter`: `pillow-bilinear` or `pillow-bicubic` (antialiased, on uint8), `torch-bilinear` (on uint8, not
       antialiased) or `torch-bicubic` (on the float tensor, not antialiased, not clamped).
     * `mean`, `std`: per channel, on the scale 0..`scale`.
     * `scale`: 255 keeps the byte values, 1 divides by 255 first.
@@ -106,7 +118,10 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> np.ndarray:
     """Return any Pillow image as uint8 RGB [H, W, 3], upright by its EXIF orientation; alpha is dropped."""
-    image = ImageOps.exif_transpose(image)
+    # Not ImageOps.exif_transpose: it writes all tags again, and fails on photos where another tag is malformed.
+    image.load()  # of a TIFF this turns the pixels already, and drops the tag
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = _to_eight_bits(image)
     if image.mode == "P" and "transparency" in image.info:

@@ -40,7 +40,8 @@ class PhraseTokenizer:
         self.max_length = max_length
         self.overlong = overlong
         try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
+            self.pieces = sentencepiece.SentencePieceProcessor()
+            self.pieces.LoadFromSerializedProto(self.path.read_bytes())  # the constructor passes over an empty file
         except RuntimeError:
             raise CheckpointError(
                 f"{self.path} is not a sentencepiece model. Take the file from the checkpoint's own folder"

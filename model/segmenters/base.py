@@ -69,11 +69,13 @@ class Segmenter(nn.Module):
         """Return int64 [N]: which of the M masks the published inference takes."""
         raise NotImplementedError
 
-    def select_for_prompts(self, prediction: MaskPrediction, tokens: int) -> Tensor:
-        """Return int64 [N]: the mask for `tokens` geometric prompts: the single mask, or the best of three for one."""
-        if tokens > 1:
-            return torch.zeros(len(prediction.iou), dtype=torch.long, device=prediction.iou.device)
-        return best_of_three(prediction)
+    def select_for_prompts(self, prediction: MaskPrediction, is_ambiguous: bool) -> Tensor:
+        """Return int64 [N]: the mask for geometric prompts without a phrase.
+
+        Args:
+            is_ambiguous: a lone point, which may mean a part or the whole: the best of three; else mask 0.
+        """
+        return best_of_three(prediction) if is_ambiguous else first_mask(prediction)
 
     def postprocess(self, logits: Tensor, sizes: list[tuple[int, int]], image_index: Tensor) -> list[Tensor]:
         """Bring low-resolution logits to the size of their images.
@@ -132,6 +134,11 @@ def pick_images(features: Tensor, image_index: Tensor | None, count: int) -> Ten
     if image_index is None:
         return features
     return features.index_select(0, image_index)
+
+
+def first_mask(prediction: MaskPrediction) -> Tensor:
+    """Return int64 [N] zeros: the single-mask token for every prompt."""
+    return torch.zeros(len(prediction.iou), dtype=torch.long, device=prediction.iou.device)
 
 
 def best_of_three(prediction: MaskPrediction) -> Tensor:

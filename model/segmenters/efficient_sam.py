@@ -17,7 +17,7 @@ from utils.image import ImageSpec
 
 from ..attention import attend
 from ..types import ImageFeatures, MaskPrediction, Prompts
-from .base import PROMPT_WIDTH, Segmenter, grid_positions, pick_images
+from .base import PROMPT_WIDTH, Segmenter, first_mask, grid_positions, pick_images
 
 HEADS = 8
 MLP_WIDTH = 2048
@@ -59,7 +59,7 @@ class EfficientSAMSegmenter(Segmenter):
 
     def select(self, prediction: MaskPrediction) -> Tensor:
         """Return mask 0 for every prompt, int64 [N]."""
-        return torch.zeros(len(prediction.iou), dtype=torch.long, device=prediction.iou.device)
+        return first_mask(prediction)
 
 
 class ImageEncoder(nn.Module):

@@ -12,7 +12,7 @@ from configs.schema import SAMConfig
 from utils.image import ImageSpec
 
 from ..types import ImageFeatures, MaskPrediction, Prompts
-from .base import Segmenter, decode_masks, grid_positions, pick_images
+from .base import Segmenter, decode_masks, first_mask, grid_positions, pick_images
 
 
 class SAMSegmenter(Segmenter):
@@ -75,7 +75,7 @@ class SAMSegmenter(Segmenter):
 
     def select(self, prediction: MaskPrediction) -> Tensor:
         """Return mask 0 for every prompt, int64 [N]."""
-        return torch.zeros(len(prediction.iou), dtype=torch.long, device=prediction.iou.device)
+        return first_mask(prediction)
 
 
 class RelativeAttention(nn.Module):

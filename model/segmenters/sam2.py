@@ -1,5 +1,6 @@
 """SAM 2.0 and 2.1 on the transformers modules (arXiv 2408.00714, facebookresearch/sam2)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Sam2VideoConfig, Sam2VideoModel
@@ -9,7 +10,7 @@ from configs.schema import SAM2Config
 from utils.image import ImageSpec
 
 from ..types import ImageFeatures, MaskPrediction, Prompts
-from .base import Segmenter, best_of_three, decode_masks, grid_positions, pick_images
+from .base import Segmenter, best_of_three, decode_masks, first_mask, grid_positions, pick_images
 
 VIDEO_PARTS = (
     "memory_attention",
@@ -23,6 +24,8 @@ VIDEO_PARTS = (
     "occlusion_spatial_embedding_parameter",
 )
 """Parts of the library's video model that still images never use."""
+
+STABILITY_DELTA, STABILITY_THRESHOLD = 0.05, 0.98
 
 
 class SAM2Segmenter(Segmenter):
@@ -99,6 +102,20 @@ class SAM2Segmenter(Segmenter):
     def select(self, prediction: MaskPrediction) -> Tensor:
         """Return the mask of 1..3 with the highest predicted IoU, int64 [N]."""
         return best_of_three(prediction)
+
+    def select_for_prompts(self, prediction: MaskPrediction, is_ambiguous: bool) -> Tensor:
+        """Return mask 0 where it is stable, else the best of three; see `Segmenter.select_for_prompts`.
+
+        Stable: the mask hardly changes between the thresholds +-`STABILITY_DELTA`, as Meta's predictor asks.
+        """
+        best = best_of_three(prediction)
+        if is_ambiguous:
+            return best
+        single = prediction.logits[:, 0].flatten(1)
+        inner = (single > STABILITY_DELTA).sum(1)
+        outer = (single > -STABILITY_DELTA).sum(1)
+        is_stable = (outer == 0) | (inner >= STABILITY_THRESHOLD * outer)
+        return torch.where(is_stable, first_mask(prediction), best)
 
     def restore_buffers(self) -> None:
         """Compute the rotary tables of the memory attention anew."""
