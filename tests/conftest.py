@@ -1,6 +1,8 @@
 """What the tests share: tiny checkpoints of every family in the published layout, and an image."""
 
+import copy
 import shutil
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +28,16 @@ def _two_threads():
     torch.set_num_threads(2)
 
 
-def nano_model(family: str, seed: int = 0):
-    """Return a nano model with random weights that depend on the seed alone."""
+@cache
+def _nano_model(family: str):
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         return build_model(model_config(NANO[family]))
+
+
+def nano_model(family: str):
+    """Return a nano model of one's own, always with the same random weights."""
+    return copy.deepcopy(_nano_model(family))
 
 
 @pytest.fixture(scope="session")

@@ -93,10 +93,11 @@ def detect(config: Mapping[str, Any], shapes: Shapes, source: str) -> ModelConfi
         )
     model = find_config(family, *segmenter_shape(shapes, "visual_model.", family), scale)
     stated = config.get("sam_scale")
-    if stated is not None and stated != published_scale(model) and published_scale(model) is not None:
+    expected = published_scale(model) or model.segmenter_name
+    if stated not in (None, expected):
         raise CheckpointError(
             f"{source}: config.json says sam_scale {stated!r}, but the tensors are of {model.segmenter_name} "
-            f"({published_scale(model)!r}). Restore the checkpoint's own config.json"
+            f"({expected!r}). Restore the checkpoint's own config.json"
         )
     if config.get("hidden_size", model.encoder.width) != model.encoder.width:
         raise CheckpointError(

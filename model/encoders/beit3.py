@@ -4,6 +4,8 @@ Every layer has two sets of weights, A for image tokens and B for text tokens; o
 runs on its own tokens. The model reads a single vector, the image-side [CLS], so the last layer computes only that.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -121,6 +123,13 @@ class VisionEmbedding(nn.Module):
         return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
 
 
+def _truncated_normal(weight: Tensor, std: float = 0.02) -> None:
+    """Fill with a normal distribution cut at one standard deviation, by inversion: torch's rejection is slow."""
+    limit = math.erf(math.sqrt(0.5))
+    with torch.no_grad():
+        weight.uniform_(-limit, limit).erfinv_().mul_(std * math.sqrt(2)).clamp_(-std, std)
+
+
 class BEiT3(nn.Module):
     """BEiT-3 base, large or any other size."""
 
@@ -144,7 +153,7 @@ class BEiT3(nn.Module):
         """Initialise for training from scratch, as the published wrapper does."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
+                _truncated_normal(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.text_embed.weight, std=self.config.width**-0.5)
 

@@ -1,0 +1,200 @@
+"""One image, many phrases: batching changes nothing, and bad prompts are refused with one line."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.predictor import build_predictor, load_predictor
+from utils.errors import ImageError, ModelError, PromptError
+from utils.tokenizer import PhraseTokenizer
+
+from .conftest import NANO, TOKENIZER, nano_model
+
+PHRASES = ["the cat", "a red box on the left", "blue square bottom right"]
+
+
+def lively_predictor(family):
+    """Return a predictor whose masks differ between phrases: a fresh model maps all of them to nearly one prompt."""
+    model = nano_model(family)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("encoder.", "projector.")) and parameter.ndim > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5 * 2)
+            elif "prompt_encoder" in name:
+                parameter.mul_(3)
+    return build_predictor(model, PhraseTokenizer(TOKENIZER, max_length=62))
+
+
+@pytest.fixture(scope="module", params=sorted(NANO))
+def predictor(request):
+    return lively_predictor(request.param)
+
+
+def assert_same(first, second, rows=slice(None)):
+    assert np.allclose(first.logits, second.logits[rows], atol=1e-4)
+    assert np.allclose(first.scores, second.scores[rows], atol=1e-4)
+    assert (first.masks != second.masks[rows]).mean() < 1e-3
+
+
+def test_phrases_together_equal_phrases_apart(predictor, picture):
+    predictor.set_image(picture)
+    together = predictor.predict(PHRASES)
+    assert together.masks.shape == (3, 120, 160)
+    assert together.masks.dtype == bool
+    assert together.logits.dtype == np.float32
+    assert np.array_equal(together.masks, together.logits > 0)
+    for i, phrase in enumerate(PHRASES):
+        assert_same(predictor.predict(phrase), together, slice(i, i + 1))
+    assert np.abs(together.logits[0] - together.logits[1]).max() > 1e-2
+
+
+def test_image_is_encoded_once(predictor, picture, monkeypatch):
+    calls = []
+    encode = predictor.model.segmenter.encode_image
+    monkeypatch.setattr(predictor.model.segmenter, "encode_image", lambda pixels: calls.append(1) or encode(pixels))
+    predictor.set_image(picture)
+    for phrase in PHRASES:
+        predictor.predict(phrase)
+    assert len(calls) == 1
+
+
+def test_many_phrases_are_decoded_in_parts(predictor, picture, monkeypatch):
+    predictor.set_image(picture)
+    phrases = [f"{phrase} {word}" for phrase in PHRASES for word in ("one", "two")]
+    together = predictor.predict(phrases)
+    monkeypatch.setattr("model.predictor.MAX_PROMPTS", 4)
+    assert_same(predictor.predict(phrases), together)
+
+
+def test_batch_equals_one_by_one(predictor, picture):
+    images = [picture, picture[::-1].copy(), picture[:60, :100]]
+    phrases = [PHRASES[:2], "a dog", PHRASES]
+    results = predictor.predict_batch(images, phrases, batch_size=2)
+    for image, entry, result in zip(images, phrases, results, strict=True):
+        predictor.set_image(image)
+        assert_same(predictor.predict(entry), result)
+        assert result.masks.shape[1:] == image.shape[:2]
+
+
+def test_batch_in_parts_keeps_the_order(predictor, picture, monkeypatch):
+    images, phrases = [picture, picture[::-1].copy()], [PHRASES, PHRASES[::-1]]
+    whole = predictor.predict_batch(images, phrases)
+    monkeypatch.setattr("model.predictor.MAX_PROMPTS", 4)  # cuts through the phrases of the second image
+    for first, second in zip(predictor.predict_batch(images, phrases), whole, strict=True):
+        assert_same(first, second)
+
+
+def test_semantic_prefix(predictor, picture):
+    predictor.set_image(picture)
+    assert_same(predictor.predict("cat", semantic=True), predictor.predict("[semantic] cat"))
+    assert np.abs(predictor.predict("cat", semantic=True).logits - predictor.predict("cat").logits).max() > 1e-3
+
+
+def test_sources_of_an_image(predictor, picture, picture_path):
+    results = []
+    for source in (picture, picture_path, str(picture_path), Image.fromarray(picture)):
+        predictor.set_image(source)
+        results.append(predictor.predict("a cat").logits)
+    assert all(np.array_equal(results[0], other) for other in results[1:])
+
+
+def test_a_bad_image_keeps_the_earlier_one(predictor, picture, tmp_path):
+    predictor.set_image(picture)
+    before = predictor.predict("cat")
+    with pytest.raises(ImageError, match="nothing"):
+        predictor.set_image(tmp_path / "nothing.png")
+    assert_same(predictor.predict("cat"), before)
+
+
+def test_text_with_points_and_boxes(predictor, picture):
+    """Geometric prompts change the mask of a phrase, and one for all equals one each."""
+    predictor.set_image(picture)
+    if not predictor.model.segmenter.prompt_kinds:
+        with pytest.raises(PromptError, match="points"):
+            predictor.predict(PHRASES, points=[[50, 40]])
+        return
+    plain = predictor.predict(PHRASES)
+    with_point = predictor.predict(PHRASES, points=[[50, 40]])
+    assert np.abs(plain.logits - with_point.logits).max() > 1e-3
+    assert_same(predictor.predict(PHRASES, points=[[[50, 40]]] * 3, labels=[[1]] * 3), with_point)
+    background = predictor.predict(PHRASES, points=[[50, 40]], labels=[0])
+    assert np.abs(background.logits - with_point.logits).max() > 1e-2 * with_point.logits.std()
+    boxed = predictor.predict(PHRASES[0], boxes=[30, 20, 90, 60])
+    assert boxed.masks.shape[0] == 1
+    again = predictor.predict(boxes=[30, 20, 90, 60], masks=boxed.low_res)
+    assert np.abs(again.logits - boxed.logits).max() > 1e-3
+
+
+def test_prompts_without_phrases(predictor, picture):
+    predictor.set_image(picture)
+    if not predictor.model.segmenter.prompt_kinds:
+        return
+    apart = predictor.predict(points=[[[50, 40]], [[120, 90]]])
+    assert apart.masks.shape[0] == 2
+    for i, point in enumerate([[50, 40], [120, 90]]):
+        assert_same(predictor.predict(points=[point]), apart, slice(i, i + 1))
+    only_mask = predictor.predict(masks=apart.low_res)
+    assert only_mask.masks.shape[0] == 2
+
+
+BAD = {
+    "empty phrase": ({"phrases": "  "}, "empty phrase"),
+    "empty among others": ({"phrases": ["cat", ""]}, "empty phrase"),
+    "nothing": ({}, "nothing to look for"),
+    "labels alone": ({"phrases": "cat", "labels": [1]}, "labels without points"),
+    "label value": ({"points": [[1, 2]], "labels": [2]}, "labels must be"),
+    "label count": ({"points": [[1, 2]], "labels": [1, 0]}, "1 points, but 2 labels"),
+    "box numbers": ({"boxes": [1, 2, 3]}, "3 numbers"),
+    "box count": ({"phrases": PHRASES, "boxes": [[1, 2, 3, 4]] * 2}, "2 boxes for 3 prompts"),
+    "phrase count": ({"phrases": PHRASES[:2], "boxes": [[1, 2, 3, 4]] * 3}, "2 phrases for 3"),
+    "not numbers": ({"points": [["a", "b"]]}, "not numbers"),
+    "ragged": ({"points": [[[1, 2]], [[1, 2], [3, 4]]]}, "not numbers of one shape"),
+    "not finite": ({"points": [[float("nan"), 2]]}, "finite"),
+}
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda name: name.replace(" ", "-"))
+def test_bad_prompts(case, picture):
+    predictor = lively_predictor("sam2")
+    predictor.set_image(picture)
+    arguments, message = BAD[case]
+    with pytest.raises(PromptError, match=message) as error:
+        predictor.predict(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_no_image_set():
+    with pytest.raises(PromptError, match="set_image"):
+        lively_predictor("sam").predict("cat")
+
+
+def test_batch_counts(predictor, picture):
+    with pytest.raises(PromptError, match="1 images, but phrases for 2"):
+        predictor.predict_batch([picture], ["a", "b"])
+    with pytest.raises(PromptError, match="without a phrase"):
+        predictor.predict_batch([picture], [[]])
+
+
+def test_load_predictor(nano_folders, picture):
+    predictor = load_predictor(nano_folders["sam2"], device="cpu")
+    predictor.set_image(picture)
+    exact = predictor.predict("the cat")
+    half = load_predictor(nano_folders["sam2"], device="cpu", dtype=torch.bfloat16)
+    half.set_image(picture)
+    rough = half.predict("the cat")
+    assert rough.logits.dtype == np.float32
+    assert np.abs(rough.logits - exact.logits).mean() < 0.1 * exact.logits.std() + 0.02
+    evaluation = load_predictor(nano_folders["sam2"], device="cpu", preprocessing="evaluation")
+    evaluation.set_image(np.ascontiguousarray(np.tile(picture, (4, 4, 1))))  # larger than the input: filters differ
+    inference = evaluation.predict("the cat").logits
+    predictor.set_image(np.ascontiguousarray(np.tile(picture, (4, 4, 1))))
+    assert np.abs(predictor.predict("the cat").logits - inference).max() > 1e-5
+
+
+def test_tokenizer_that_is_too_large(nano_folders):
+    model = nano_model("sam")
+    model.encoder.config = type(model.encoder.config)(width=192, layers=4, heads=3, mlp_width=768, vocab_size=50)
+    with pytest.raises(ModelError, match="table"):
+        build_predictor(model, PhraseTokenizer(TOKENIZER))
