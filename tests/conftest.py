@@ -58,14 +58,19 @@ def nano_folder(nano_folders, tmp_path):
     return folder
 
 
-@pytest.fixture(scope="session")
-def picture():
+def make_picture():
     """Return an image with structure, uint8 RGB [120, 160, 3]."""
     y, x = np.mgrid[:120, :160]
     image = np.stack([x * 255 // 159, y * 255 // 119, (x + y) % 256], axis=-1).astype(np.uint8)
     image[20:60, 30:90] = (220, 40, 40)
     image[70:110, 100:150] = (30, 60, 200)
     return image
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """Return the image of `make_picture`."""
+    return make_picture()
 
 
 @pytest.fixture(scope="session")
