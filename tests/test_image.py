@@ -88,7 +88,7 @@ class TestModes:
         np.testing.assert_array_equal(read_image(path), UPRIGHT)
 
     @pytest.mark.parametrize("options", [{}, {"transparency": 1}, {"transparency": bytes([255, 0, 128])}])
-    def test_palette_becomes_its_colours(self, tmp_path, options):
+    def test_palette_becomes_its_colours(self, tmp_path, options, recwarn):
         index = np.array([[0, 1, 2], [2, 1, 0]], np.uint8)
         colours = np.array([[250, 10, 20], [30, 240, 50], [60, 70, 230]], np.uint8)
         palette = Image.fromarray(index)
@@ -96,6 +96,7 @@ class TestModes:
         path = saved(tmp_path / "palette.png", palette, **options)
         assert Image.open(path).mode == "P"
         np.testing.assert_array_equal(read_image(path), colours[index])
+        assert not [warning for warning in recwarn if warning.category is UserWarning]
 
     @pytest.mark.parametrize("suffix", [".png", ".tif"])
     def test_sixteen_bit_grey_keeps_the_high_byte(self, tmp_path, suffix):
