@@ -1,4 +1,4 @@
-"""Options of inference.py. The first block is the published command line; the defaults are the published ones."""
+"""Options of inference.py. The first block is the published command line."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -5,7 +5,7 @@ Source of the published values: torchscale BEiT-3, segment-anything, SAM 2 and E
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from utils.errors import ModelError, nearest
 
@@ -121,6 +121,28 @@ class ModelConfig:
         return f"evf-{self.segmenter_name}-{self.encoder_name}" if self.encoder_name else self.segmenter_name
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _check_type(expected: Any, value: Any, text: str) -> None:
+    """Refuse a parsed value of another type than the field's; only the types that configurations use."""
+    if expected is int:
+        _require(_is_count(value), f"{text} a positive whole number")
+    elif expected is float:
+        _require(_is_count(value) or (isinstance(value, float) and value > 0), f"{text} a positive number")
+    elif expected is bool:
+        _require(isinstance(value, bool), f"{text} true or false")
+    elif expected is str:
+        _require(isinstance(value, str), f"{text} text")
+    elif get_origin(expected) is tuple:
+        items = get_args(expected)
+        length = None if Ellipsis in items else len(items)
+        is_right = isinstance(value, tuple) and all(isinstance(n, int) and n >= 0 for n in value)
+        needed = f"a list of {length or 'any number of'} whole numbers"
+        _require(is_right and length in (None, len(value)), f"{text} {needed}")
+
+
 def from_mapping(kind: type[T], values: dict[str, Any], where: str) -> T:
     """Build a dataclass from parsed YAML or JSON; lists become tuples, an unknown or missing key is an error.
 
@@ -140,7 +162,5 @@ def from_mapping(kind: type[T], values: dict[str, Any], where: str) -> T:
         raise ModelError(f"{where}: missing key {', '.join(map(repr, missing))}")
     plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     for key, value in plain.items():
-        expected = fields[key].type
-        if expected is int and (not isinstance(value, int) or isinstance(value, bool) or value <= 0):
-            raise ModelError(f"{where}: {key} is {value!r}, needed is a positive whole number")
+        _check_type(fields[key].type, value, f"{where}: {key} is {value!r}, needed is")
     return kind(**plain)

@@ -18,9 +18,10 @@ def has_flash_attention() -> bool:
     return True
 
 
-def can_use_flash(query: Tensor) -> bool:
+def can_use_flash(query: Tensor, heads: int) -> bool:
     """Return whether flash-attn takes these tensors: CUDA, half precision, heads of at most 256 channels."""
-    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and has_flash_attention()
+    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and is_half and query.shape[-1] <= 256 * heads and has_flash_attention()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, padding: Tensor | None = None) -> Tensor:
@@ -35,7 +36,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, padding: Tenso
     Returns:
         [N, Q, D].
     """
-    if padding is None and can_use_flash(query):
+    if padding is None and can_use_flash(query, heads):
         from flash_attn import flash_attn_func
 
         parts = (rearrange(tokens, "n t (g c) -> n t g c", g=heads) for tokens in (query, key, value))

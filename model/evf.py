@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
+from utils.errors import PromptError
 
 from .encoders.beit3 import BEiT3
 from .segmenters.base import PROMPT_WIDTH, Segmenter
@@ -28,6 +29,7 @@ class EVFModel(nn.Module):
     def __init__(self, config: ModelConfig, segmenter: Segmenter, encoder: BEiT3 | None = None) -> None:
         super().__init__()
         self.config = config
+        self.quantized_bits: int | None = None
         self.segmenter = segmenter
         self.encoder = encoder
         self.projector = Projector(encoder.config.width) if encoder is not None else None
@@ -46,7 +48,8 @@ class EVFModel(nn.Module):
         self, pixels: Tensor, ids: Tensor, padding: Tensor | None = None, image_index: Tensor | None = None
     ) -> Tensor:
         """Return the prompt embedding of each phrase, float [N, 256]; arguments as `BEiT3.forward`."""
-        return self.projector(self.encoder(pixels, ids, padding, image_index))
+        text = self.encoder(pixels, ids, padding, image_index)
+        return self.projector(text.to(self.projector.fc1.weight.dtype))
 
     def forward(
         self,
@@ -69,7 +72,12 @@ class EVFModel(nn.Module):
 
         Returns:
             all masks, the one that the family's rule takes, and what can be used again.
+
+        Raises:
+            PromptError: neither phrases nor prompts, or a kind of prompt that the segmenter has no weights for.
         """
+        if ids is None and not prompts:
+            raise PromptError("nothing to look for. Give phrases or prompts")
         features = image if isinstance(image, ImageFeatures) else self.segmenter.encode_image(image)
         text = None if ids is None else self.encode_phrases(encoder_pixels, ids, padding, image_index)
         sparse, dense = self.segmenter.encode_prompts(prompts) if prompts else (None, None)

@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import hashlib
 import json
 import logging
 import sys
@@ -52,12 +53,10 @@ def run(args: InferenceArgs) -> int:
     check_args(args)
     jobs = find_images(args.image_path)
     ranks = Ranks.from_environment(args.local_rank)
+    ranks.join()
     folder = Path(args.vis_save_path)
     check_outputs(args, jobs, folder)
-    settings = {
-        "version": args.version, "prompts": list(args.prompt), "semantic": args.semantic,
-        "precision": args.precision, "bits": 8 if args.load_in_8bit else 4 if args.load_in_4bit else None,
-    }  # fmt: skip
+    settings = settings_digest(args)
     records = {} if args.overwrite else read_records(folder)
     todo = [job for job in ranks.share(jobs) if not is_done(records.get(str(job.path)), settings, args, folder, job)]
     is_single = len(jobs) == 1
@@ -79,12 +78,29 @@ def run(args: InferenceArgs) -> int:
     return 1 if failed else 0
 
 
+def file_state(path: Path) -> list[int]:
+    """Return size in bytes and time of the last change of a file: another file of the same name is not the same."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def settings_digest(args: InferenceArgs) -> str:
+    """Return a short text that changes with every option, weight file or phrase that changes the masks."""
+    path = Path(args.version)
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    values = [
+        args.version, args.prompt, args.semantic, args.precision, args.load_in_8bit, args.load_in_4bit,
+        args.model_max_length, args.truncate, [(file.name, *file_state(file)) for file in files],
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
 def _work(
     args: InferenceArgs,
     predictor: ImagePredictor,
     todo: list[Job],
     folder: Path,
-    settings: dict[str, Any],
+    settings: str,
     ranks: Ranks,
     is_single: bool,
 ) -> list[str]:
@@ -147,6 +163,8 @@ def find_images(pattern: str) -> list[Job]:
     Raises:
         ImageError: there are none.
     """
+    if not pattern:
+        raise ImageError("--image_path is empty. Give an image, a folder or a glob")
     path = Path(pattern)
     if path.is_dir():
         paths = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
@@ -246,16 +264,22 @@ def write_outputs(
         for k, (phrase, rle) in enumerate(zip(args.prompt, encode_rle(prediction.masks), strict=True))
     ]
     height, width = image.shape[:2]
-    return {"image": str(job.path), "stem": job.stem, "height": height, "width": width, "masks": masks}
+    return {
+        "image": str(job.path),
+        "file": file_state(job.path),
+        "stem": job.stem,
+        "height": height,
+        "width": width,
+        "masks": masks,
+    }
 
 
-def is_done(
-    record: dict[str, Any] | None, settings: dict[str, Any], args: InferenceArgs, folder: Path, job: Job
-) -> bool:
+def is_done(record: dict[str, Any] | None, settings: str, args: InferenceArgs, folder: Path, job: Job) -> bool:
     """Return whether an earlier run wrote all of this image with the same settings."""
     return (
         record is not None
         and record.get("settings") == settings
+        and record.get("file") == file_state(job.path)
         and all((folder / name).is_file() for name in files_of(args, job))
     )
 

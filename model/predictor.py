@@ -55,8 +55,12 @@ class ImagePredictor:
     Args:
         model: in evaluation mode, on its device.
         tokenizer: needed for phrases.
-        preprocessing: `inference` resizes as the published inference.py, `evaluation` as its eval.py.
+        preprocessing: `inference` resizes as the published inference.py, `evaluation` as its eval.py. A model without
+            an encoder resizes as its own release.
         threshold: a pixel is in the mask where its logit is above.
+
+    Raises:
+        ModelError: a model that can take neither phrases nor points, or an unknown preprocessing.
     """
 
     def __init__(
@@ -67,7 +71,13 @@ class ImagePredictor:
         threshold: float = 0.0,
     ) -> None:
         self.model, self.tokenizer, self.threshold = model, tokenizer, threshold
-        spec = model.segmenter.image_spec
+        if preprocessing not in ("inference", "evaluation"):
+            raise ModelError(f"preprocessing {preprocessing!r}: known are 'inference' and 'evaluation'")
+        if model.encoder is None and not model.segmenter.prompt_kinds:
+            raise ModelError(
+                f"{model.config.name} alone takes no prompts. Load it with an encoder, as an EVF-SAM model"
+            )
+        spec = model.segmenter.own_image_spec if model.encoder is None else model.segmenter.image_spec
         self.image_spec: ImageSpec = spec.for_evaluation() if preprocessing == "evaluation" else spec
         self._image: _Image | None = None
 
@@ -131,7 +141,12 @@ class ImagePredictor:
 
         Raises:
             PromptError: the counts differ, or a phrase is empty. ImageError: an image cannot be used.
+            ModelError: batch_size below 1.
         """
+        if batch_size < 1:
+            raise ModelError(f"batch_size {batch_size}: needed is at least 1")
+        if isinstance(phrases, str):
+            raise PromptError(f"phrases is the text {phrases!r}. Give a list with one entry per image")
         if len(images) != len(phrases):
             raise PromptError(f"{len(images)} images, but phrases for {len(phrases)}. Give one entry per image")
         per_image = [self._phrases(entry, semantic) for entry in phrases]
@@ -163,8 +178,15 @@ class ImagePredictor:
         if listed and (self.model.encoder is None or self.tokenizer is None):
             raise PromptError("this model has no phrase encoder or no tokenizer: give points or boxes instead")
         for phrase in listed:
+            if not isinstance(phrase, str):
+                raise PromptError(f"phrase {phrase!r} is {type(phrase).__name__}, needed is text")
+            if not phrase.strip():
+                raise PromptError(f"empty phrase {phrase!r}. Describe the object, for example 'the zebra on the left'")
+        if semantic:
+            listed = [semantic_phrase(phrase) for phrase in listed]
+        for phrase in listed:
             self.tokenizer.encode(phrase)
-        return [semantic_phrase(phrase) for phrase in listed] if semantic else listed
+        return listed
 
     def _prompts(
         self,
@@ -178,21 +200,22 @@ class ImagePredictor:
         """Return checked prompts in the segmenter's pixels, all with the same count N."""
         found = {}
         if points is not None:
-            found["points"] = _with_batch(points, 3, "points", "[P, 2] or [N, P, 2]")
-            ones = np.ones(found["points"].shape[:2], np.int64)
-            found["labels"] = _with_batch(ones if labels is None else labels, 2, "labels", "[P] or [N, P]").long()
+            found["points"] = _with_batch(points, (None, 2), "points", "[P, 2] or [N, P, 2]")
+            values = np.ones(found["points"].shape[:2]) if labels is None else labels
+            found["labels"] = _with_batch(values, (None,), "labels", "[P] or [N, P]")
             if found["labels"].shape[1] != found["points"].shape[1]:
                 raise PromptError(f"{found['points'].shape[1]} points, but {found['labels'].shape[1]} labels")
             if not ((found["labels"] == 0) | (found["labels"] == 1)).all():
                 raise PromptError("labels must be 1 (foreground) or 0 (background)")
+            found["labels"] = found["labels"].long()
         elif labels is not None:
             raise PromptError("labels without points. Give points too")
         if boxes is not None:
-            found["boxes"] = _with_batch(boxes, 2, "boxes", "[4] or [N, 4]")
-            if found["boxes"].shape[1] != 4:
-                raise PromptError(f"boxes have {found['boxes'].shape[1]} numbers; needed x1 y1 x2 y2")
+            found["boxes"] = _with_batch(boxes, (4,), "boxes", "[4] or [N, 4], x1 y1 x2 y2")
         if masks is not None:
-            found["masks"] = _with_batch(masks, 3, "masks", "[4h, 4w] or [N, 4h, 4w]")[:, None]
+            side = self.image_spec.size // 4
+            needed = f"[{side}, {side}] or [N, {side}, {side}], the low_res of an earlier prediction"
+            found["masks"] = _with_batch(masks, (side, side), "masks", needed)[:, None]
         if not found:
             if not phrases:
                 raise PromptError("nothing to look for. Give a phrase, points, a box or a mask")
@@ -209,19 +232,13 @@ class ImagePredictor:
     def _to_input(self, prompts: Prompts, size: tuple[int, int]) -> Prompts:
         resized = self.image_spec.resized_size(*size)
         scale = torch.tensor([resized[1] / size[1], resized[0] / size[0]])
-        moved = {}
-        for name in ("points", "boxes", "masks", "labels"):
-            value = getattr(prompts, name)
-            if value is None:
-                continue
-            if name == "points":
-                value = value * scale
-            elif name == "boxes":
-                value = value * scale.repeat(2)
-            moved[name] = value.to(self.model.device, None if name == "labels" else self.model.dtype)
-            if name in ("points", "boxes"):
-                moved[name] = value.to(self.model.device)  # pixel positions stay float32: bf16 cannot count to 1024
-        return Prompts(**moved)
+        device = self.model.device  # positions stay float32 in every precision: bf16 cannot count to 1024
+        return Prompts(
+            None if prompts.points is None else (prompts.points * scale).to(device),
+            None if prompts.labels is None else prompts.labels.to(device),
+            None if prompts.boxes is None else (prompts.boxes * scale.repeat(2)).to(device),
+            None if prompts.masks is None else prompts.masks.to(device, self.model.dtype),
+        )
 
     @torch.inference_mode()
     def _predict(
@@ -237,7 +254,7 @@ class ImagePredictor:
             padding = padding.to(model.device) if padding.any() else None
             ids = ids.to(model.device)
         sizes = [image.size for image in images]
-        full: list[list[Tensor]] = [[] for _ in images]
+        full: list[list[tuple[np.ndarray, ...]]] = [[] for _ in images]
         scores: list[Tensor] = []
         low_res: list[Tensor] = []
         for start in range(0, len(index), MAX_PROMPTS):
@@ -252,31 +269,45 @@ class ImagePredictor:
             )
             logits, iou = output.prediction.chosen(output.selected)
             for i, masks in enumerate(model.segmenter.postprocess(logits, sizes, image_index[part])):
-                full[i].append(masks)
-            scores.append(iou.float())
-            low_res.append(logits.float())
-        all_scores, all_low_res = torch.cat(scores), torch.cat(low_res)
-        return [
-            self._result(torch.cat(full[i]), all_scores[image_index == i], all_low_res[image_index == i])
-            for i in range(len(images))
-        ]
+                full[i].append(self._to_cpu(masks))
+            scores.append(iou.float().cpu())
+            low_res.append(logits.float().cpu())
+        all_scores, all_low_res, rows = torch.cat(scores).numpy(), torch.cat(low_res).numpy(), np.array(index)
+        results = []
+        for i in range(len(images)):
+            masks, full_logits, boxes = (_join(parts) for parts in zip(*full[i], strict=True))
+            full[i] = []
+            results.append(Prediction(masks, full_logits, all_scores[rows == i], boxes, all_low_res[rows == i]))
+        return results
 
-    def _result(self, logits: Tensor, scores: Tensor, low_res: Tensor) -> Prediction:
+    def _to_cpu(self, logits: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return masks, logits and boxes; threshold and boxes are computed where the logits are."""
         masks = logits > self.threshold
-        parts = (masks, logits, scores, boxes_of_masks(masks), low_res)
-        return Prediction(*(part.cpu().numpy() for part in parts))
+        return masks.cpu().numpy(), logits.cpu().numpy(), boxes_of_masks(masks).cpu().numpy()
 
 
-def _with_batch(values: np.ndarray | Sequence | Tensor, ndim: int, name: str, needed: str) -> Tensor:
+def _with_batch(
+    values: np.ndarray | Sequence | Tensor, shape: tuple[int | None, ...], name: str, needed: str
+) -> Tensor:
+    """Return finite float32 [N, *shape]; None in `shape` stands for any size."""
     try:
-        tensor = torch.as_tensor(np.asarray(values, dtype=np.float32))
+        array = values.detach().cpu() if isinstance(values, Tensor) else values
+        tensor = torch.as_tensor(np.asarray(array, dtype=np.float32))
     except (ValueError, TypeError):
         raise PromptError(f"{name} are not numbers of one shape; needed {needed}") from None
-    if tensor.ndim == ndim - 1:
+    found = list(tensor.shape)
+    if tensor.ndim == len(shape):
         tensor = tensor[None]
-    if tensor.ndim != ndim or 0 in tensor.shape or not tensor.isfinite().all():
-        raise PromptError(f"{name} have shape {list(tensor.shape)}; needed {needed}, finite numbers")
+    fits = tensor.ndim == len(shape) + 1 and all(
+        size in (None, given) for size, given in zip(shape, tensor.shape[1:], strict=True)
+    )
+    if not fits or 0 in tensor.shape or not tensor.isfinite().all():
+        raise PromptError(f"{name} have shape {found}; needed {needed}, finite numbers")
     return tensor
+
+
+def _join(parts: tuple[np.ndarray, ...]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _count(prompts: Prompts) -> int:

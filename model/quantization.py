@@ -50,4 +50,5 @@ def quantize_encoder(model: EVFModel, bits: int) -> EVFModel:
             packed.weight = bnb.nn.Params4bit(data, requires_grad=False, quant_type="nf4")
         packed.bias = nn.Parameter(module.bias.data, requires_grad=False)
         setattr(model.encoder.get_submodule(owner), leaf, packed)
+    model.quantized_bits = bits
     return model

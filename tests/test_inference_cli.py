@@ -369,11 +369,11 @@ class TestCheckpointRefused:
         assert not marker.exists()
 
     def test_segmenter_alone_has_no_phrases(self, options, tmp_path):
-        from model.checkpoints.load import PLAIN
+        from model.checkpoints.evf_sam import SEGMENTERS
         from model.checkpoints.rules import KeyMap, Section, named_tensors
 
         targets = {f"segmenter.{name}": value for name, value in named_tensors(nano_model("sam").segmenter).items()}
-        theirs = KeyMap(targets, (Section("segmenter.", "", PLAIN["sam"]),)).theirs
+        theirs = KeyMap(targets, (Section("segmenter.", "", SEGMENTERS["sam"].plain),)).theirs
         path = tmp_path / "sam.pth"
         torch.save({their: targets[our].detach() for our, (their, *_) in theirs.items()}, path)
         refused(change(options, version=path), ModelError, "sam.pth", "no phrase encoder", "EVF-SAM")
@@ -626,6 +626,21 @@ class TestAgain:
         assert run(whole) == 0
         after = tree_times(out)
         assert {name for name in after if after[name] != before[name]} == {"image3_vis.png", "results.json"}
+
+    def test_changed_files_are_done_again(self, options, images, picture, nano_folder, out):
+        """Another image under the same name, and other weights in the same folder, are not what was done."""
+        whole = change(options, image_path=images, version=nano_folder)
+        assert run(whole) == 0
+        before = tree_times(out)
+        Image.fromarray(picture[::-1]).save(images / "image3.png")
+        assert run(whole) == 0
+        changed = {name for name, time in tree_times(out).items() if time != before[name]}
+        assert changed == {"image3_vis.png", "results.json"}
+        before = tree_times(out)
+        weights = nano_folder / "model.safetensors"
+        os.utime(weights, ns=(weights.stat().st_atime_ns, weights.stat().st_mtime_ns + 1))
+        assert run(whole) == 0
+        assert all(time != before[name] for name, time in tree_times(out).items())
 
     def test_another_checkpoint_does_it_again(self, options, nano_folders, out):
         assert run(options) == 0

@@ -146,7 +146,12 @@ BAD = {
     "labels alone": ({"phrases": "cat", "labels": [1]}, "labels without points"),
     "label value": ({"points": [[1, 2]], "labels": [2]}, "labels must be"),
     "label count": ({"points": [[1, 2]], "labels": [1, 0]}, "1 points, but 2 labels"),
-    "box numbers": ({"boxes": [1, 2, 3]}, "3 numbers"),
+    "box numbers": ({"boxes": [1, 2, 3]}, r"shape \[3\]; needed \[4\]"),
+    "point numbers": ({"points": [[1, 2, 3]]}, r"shape \[1, 3\]"),
+    "point alone": ({"points": [1]}, r"shape \[1\]"),
+    "label fraction": ({"points": [[1, 2]], "labels": [0.5]}, "labels must be"),
+    "full-size mask": ({"masks": np.zeros((120, 160))}, r"shape \[120, 160\]; needed \[64, 64\]"),
+    "phrase type": ({"phrases": [3]}, "int, needed is text"),
     "box count": ({"phrases": PHRASES, "boxes": [[1, 2, 3, 4]] * 2}, "2 boxes for 3 prompts"),
     "phrase count": ({"phrases": PHRASES[:2], "boxes": [[1, 2, 3, 4]] * 3}, "2 phrases for 3"),
     "not numbers": ({"points": [["a", "b"]]}, "not numbers"),
@@ -175,6 +180,63 @@ def test_batch_counts(predictor, picture):
         predictor.predict_batch([picture], ["a", "b"])
     with pytest.raises(PromptError, match="without a phrase"):
         predictor.predict_batch([picture], [[]])
+
+
+def test_predict_then_train(predictor, picture):
+    """What inference leaves behind does not disturb a later backward pass."""
+    predictor.set_image(picture)
+    predictor.predict("a cat")
+    model = predictor.model
+    pixels = predictor.image_spec(picture)[None]
+    small = model.encoder.image_spec(picture)[None]
+    model(pixels, small, predictor.tokenizer(["a cat"])[0]).logits.mean().backward()
+    assert model.projector.fc1.weight.grad.abs().sum() > 0
+    model.zero_grad()
+
+
+def test_impossible_options(predictor, picture, nano_folders):
+    with pytest.raises(ModelError, match="batch_size 0"):
+        predictor.predict_batch([picture], ["a"], batch_size=0)
+    with pytest.raises(PromptError, match="one entry per image"):
+        predictor.predict_batch([picture] * 3, "cat")
+    with pytest.raises(ModelError, match="evla"):
+        load_predictor(nano_folders["sam"], device="cpu", preprocessing="evla")
+    with pytest.raises(PromptError, match="trunc"):
+        load_predictor(nano_folders["sam"], device="cpu", overlong="trunc")
+    with pytest.raises(ImageError, match="NoneType"):
+        predictor.set_image(None)
+
+
+def test_mixed_types(picture):
+    """An encoder in bf16 serves a segmenter in fp32, and the other way round."""
+    for part in ("encoder", "segmenter", "projector"):
+        predictor = lively_predictor("sam2")
+        getattr(predictor.model, part).to(torch.bfloat16)
+        predictor.set_image(picture)
+        assert predictor.predict(PHRASES, points=[[5, 5]]).logits.dtype == np.float32
+
+
+def test_points_keep_their_place_in_half_precision(nano_folders, picture):
+    """One pixel more must still matter in bf16: the position code stays float32."""
+    predictor = load_predictor(nano_folders["sam2"], device="cpu", dtype=torch.bfloat16)
+    predictor.set_image(picture)
+    segmenter = predictor.model.segmenter
+    prompts = [predictor._prompts([[x, 100]], None, None, None, 0, (1024, 1024)) for x in (1000, 1001)]
+    first, second = (segmenter.encode_prompts(p)[0] for p in prompts)
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_models_of_one_part(tmp_path, nano_folders, picture):
+    """A plain SAM-2 model resizes as Meta's predictor; a plain EfficientSAM can answer nothing."""
+    from model import load_model
+
+    sam2 = build_predictor(load_model("sam2-hiera-nano", pretrained=False), None)
+    assert sam2.image_spec.filter == "torch-antialias"
+    with pytest.raises(ModelError, match="takes no prompts"):
+        build_predictor(load_model("efficient-sam-nano", pretrained=False), None)
+    sam2.set_image(picture)
+    with pytest.raises(PromptError, match="no phrase encoder"):
+        sam2.predict("cat")
 
 
 def test_load_predictor(nano_folders, picture):

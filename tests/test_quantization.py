@@ -56,5 +56,5 @@ def test_attention_against_plain_arithmetic():
 
 
 def test_flash_attention_is_for_cuda_halves():
-    assert not attention.can_use_flash(torch.zeros(1, dtype=torch.float16))
-    assert not attention.can_use_flash(torch.zeros(1))
+    assert not attention.can_use_flash(torch.zeros(1, 2, 8, dtype=torch.float16), 2)
+    assert not attention.can_use_flash(torch.zeros(1, 2, 8), 2)

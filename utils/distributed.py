@@ -1,12 +1,17 @@
 """Ranks of a torchrun launch, read from its environment."""
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
+from .errors import ModelError
+
 Item = TypeVar("Item")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -20,11 +25,17 @@ class Ranks:
     @classmethod
     def from_environment(cls, local_rank: int = 0) -> "Ranks":
         """Return what torchrun set, or a single process; `local_rank` serves launchers that pass it as an option."""
-        return cls(
-            int(os.environ.get("RANK", 0)),
-            int(os.environ.get("WORLD_SIZE", 1)),
-            int(os.environ.get("LOCAL_RANK", local_rank)),
-        )
+        try:
+            ranks = cls(
+                int(os.environ.get("RANK", 0)),
+                int(os.environ.get("WORLD_SIZE", 1)),
+                int(os.environ.get("LOCAL_RANK", local_rank)),
+            )
+        except ValueError as error:
+            raise ModelError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers ({error}). Use torchrun") from None
+        if not 0 <= ranks.rank < ranks.world:
+            raise ModelError(f"RANK {ranks.rank} is not below WORLD_SIZE {ranks.world}. Use torchrun")
+        return ranks
 
     @property
     def is_first(self) -> bool:
@@ -35,12 +46,29 @@ class Ranks:
         """Return this rank's share of the items, every item with exactly one rank."""
         return list(items[self.rank :: self.world])
 
+    def join(self) -> None:
+        """Meet the other ranks before any work; does nothing for a single process.
+
+        Raises:
+            ModelError: the launcher did not say where to meet, or they did not come.
+        """
+        if self.world == 1:
+            return
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            return
+        try:
+            dist.init_process_group("gloo", timeout=timedelta(days=1))
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise ModelError(f"the {self.world} ranks did not meet ({error}). Start them with torchrun") from None
+
     def wait_for_all(self) -> None:
         """Return when every rank has got here. Ranks that finish early wait for up to a day."""
         if self.world == 1:
             return
         import torch.distributed as dist
 
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=timedelta(days=1))
+        self.join()
+        logger.info("rank %d waits for the others", self.rank)
         dist.barrier()

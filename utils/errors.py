@@ -78,7 +78,7 @@ def _range_text(axis: list[int]) -> str:
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a script's `main`; a `TextSAMError` becomes one line on stderr and exit status 2."""
+    """Run a script's `main`; a `TextSAMError` or `OSError` becomes one line on stderr and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     for noisy in ("httpx", "httpx2", "httpcore", "httpcore2", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -86,6 +86,9 @@ def run_main(main: Callable[[], int | None]) -> None:
         status = main()
     except TextSAMError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.exit(EXIT_BAD_INPUT)
+    except OSError as error:
+        sys.stderr.write(f"error: {error}. Check the path, its permissions and the free space\n")
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: what was written so far is complete; run the same command again to go on\n")

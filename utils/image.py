@@ -22,6 +22,8 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".
 
 SAM_MEAN = (123.675, 116.28, 103.53)
 SAM_STD = (58.395, 57.12, 57.375)
+UNIT_MEAN = (0.485, 0.456, 0.406)
+UNIT_STD = (0.229, 0.224, 0.225)
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -46,14 +48,17 @@ class ImageSpec:
     * `resize`: `letterbox` keeps the aspect ratio, scales the longest side to `size` and pads right and bottom with 0
       after normalising; `square` scales both sides to `size`.
     * `filter`: `pillow-bilinear` or `pillow-bicubic` (antialiased, on uint8), `torch-bilinear` (on uint8, not
-      antialiased) or `torch-bicubic` (on the float tensor, not antialiased, not clamped).
+      antialiased), `torch-bicubic` (on float, not antialiased, not clamped) or `torch-antialias` (bilinear on float,
+      antialiased).
     * `mean`, `std`: per channel, on the scale 0..`scale`.
     * `scale`: 255 keeps the byte values, 1 divides by 255 first.
     """
 
     size: int
     resize: Literal["letterbox", "square"] = "square"
-    filter: Literal["pillow-bilinear", "pillow-bicubic", "torch-bilinear", "torch-bicubic"] = "torch-bilinear"
+    filter: Literal["pillow-bilinear", "pillow-bicubic", "torch-bilinear", "torch-bicubic", "torch-antialias"] = (
+        "torch-bilinear"
+    )
     mean: tuple[float, float, float] = SAM_MEAN
     std: tuple[float, float, float] = SAM_STD
     scale: float = 255.0
@@ -71,8 +76,11 @@ class ImageSpec:
 
     def for_video(self) -> "ImageSpec":
         """Return the spec of the published video loader: square, Pillow's bicubic, mean and std on the scale 0..1."""
-        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-        return replace(self, resize="square", filter="pillow-bicubic", mean=mean, std=std, scale=1.0)
+        return replace(self, resize="square", filter="pillow-bicubic", mean=UNIT_MEAN, std=UNIT_STD, scale=1.0)
+
+    def for_sam2(self) -> "ImageSpec":
+        """Return the spec of Meta's SAM-2 image predictor: square, antialiased, on the float tensor."""
+        return replace(self, resize="square", filter="torch-antialias", mean=UNIT_MEAN, std=UNIT_STD, scale=1.0)
 
     def resize_image(self, image: np.ndarray) -> torch.Tensor:
         """Return the resized image [3, h, w] before normalising: uint8, or float32 0..`scale` for `torch-bicubic`."""
@@ -84,7 +92,9 @@ class ImageSpec:
         pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
         if self.filter == "torch-bilinear":
             return F.interpolate(pixels, size, mode="bilinear", align_corners=False)[0]
-        pixels = pixels.float() * (self.scale / 255.0) if self.scale == 255.0 else pixels.float().div(255.0)
+        pixels = pixels.float() if self.scale == 255.0 else pixels.float().div(255.0)
+        if self.filter == "torch-antialias":
+            return F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)[0]
         return F.interpolate(pixels, size, mode="bicubic", align_corners=False)[0]
 
     def __call__(self, image: np.ndarray) -> torch.Tensor:
@@ -106,14 +116,18 @@ class ImageSpec:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Return a 16- or 32-bit grey image as 8-bit grey: the high byte of a 16-bit value, as OpenCV reads it."""
+    """Return a 16- or 32-bit grey image as 8-bit grey: the high byte of a 16-bit value, as OpenCV reads it.
+
+    32-bit integers that stay within 0..255 are taken as they are.
+    """
     values = np.asarray(image)
     if values.dtype == np.float32:
         values = np.nan_to_num(values)
         low, high = float(values.min()), float(values.max())
         top = 1.0 if low >= 0.0 and high <= 1.0 else 255.0 if high <= 255.0 else 65535.0
         return Image.fromarray((np.clip(values / top, 0, 1) * 255).astype(np.uint8))
-    return Image.fromarray((np.clip(values, 0, 65535).astype(np.uint32) >> 8).astype(np.uint8))
+    shift = 0 if image.mode == "I" and values.max() <= 255 else 8
+    return Image.fromarray((np.clip(values, 0, 65535).astype(np.uint32) >> shift).astype(np.uint8))
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
@@ -151,6 +165,8 @@ def read_image(source: ImageLike, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         return source
     if isinstance(source, Image.Image):
         return _decode(source, "image", max_pixels)
+    if not isinstance(source, str | Path):
+        raise ImageError(f"image is {type(source).__name__}; needed is a path, a Pillow image or an array")
     path = Path(source)
     if not path.exists():
         raise ImageError(f"no such image: {path}. Check the path; it is relative to {Path.cwd().name or '/'}/")

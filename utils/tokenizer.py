@@ -28,7 +28,7 @@ class PhraseTokenizer:
         overlong: `error` refuses longer phrases, `truncate` shortens them with a warning.
 
     Raises:
-        CheckpointError: the file is missing or not a sentencepiece model.
+        CheckpointError: the file is missing or not a sentencepiece model. PromptError: an impossible limit.
     """
 
     def __init__(
@@ -36,6 +36,10 @@ class PhraseTokenizer:
     ) -> None:
         import sentencepiece
 
+        if overlong not in ("error", "truncate"):
+            raise PromptError(f"overlong {overlong!r}: known are 'error' and 'truncate'")
+        if max_length < 3:
+            raise PromptError(f"max_length {max_length} leaves no room for a phrase. Default: 512")
         self.path = find_tokenizer(Path(path))
         self.max_length = max_length
         self.overlong = overlong

@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from configs.loader import encoder_configs
 from configs.schema import BEiT3Config, EfficientSAMConfig, ModelConfig, SAM2Config, SAMConfig
 from utils.errors import CheckpointError
 
@@ -12,13 +14,33 @@ from .beit3 import BEIT3
 from .efficient_sam import EFFICIENT_SAM
 from .rules import Format, Section
 from .sam import SAM
-from .sam2 import SAM2_IN_EVF
+from .sam2 import SAM2, SAM2_IN_EVF
 
 PROJECTOR = Format(
     rules=((r"^fc1\.", "text_hidden_fcs.0.0."), (r"^fc2\.", "text_hidden_fcs.0.2.")),
     parts=(("text_hidden_fcs.", "projector from phrase to prompt"),),
 )
-SEGMENTERS = {"sam": SAM, "sam2": SAM2_IN_EVF, "efficient_sam": EFFICIENT_SAM}
+
+
+@dataclass(frozen=True)
+class PublishedSegmenter:
+    """How a family looks inside checkpoints.
+
+    * `format`: inside an EVF checkpoint; `plain`: in the segmenter's own release.
+    * `mark`: start of a name that no other family has; `trunk`: where the image encoder's blocks are.
+    """
+
+    format: Format
+    plain: Format
+    mark: str
+    trunk: str = "image_encoder."
+
+
+SEGMENTERS = {
+    "sam": PublishedSegmenter(SAM, SAM, "mask_decoder.output_upscaling."),
+    "sam2": PublishedSegmenter(SAM2_IN_EVF, SAM2, "sam_mask_decoder.", "image_encoder.trunk."),
+    "efficient_sam": PublishedSegmenter(EFFICIENT_SAM, EFFICIENT_SAM, "mask_decoder.final_output_upscaling_layers."),
+}
 SCALES = {
     ("sam", 1280, 32): "huge",
     ("sam2", 144, 48): "large",
@@ -34,7 +56,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def sections(family: str) -> tuple[Section, ...]:
     """Return where the parts of an EVF checkpoint lie."""
     return (
-        Section("segmenter.", "visual_model.", SEGMENTERS[family]),
+        Section("segmenter.", "visual_model.", SEGMENTERS[family].format),
         Section("encoder.", "mm_extractor.", BEIT3),
         Section("projector.", "", PROJECTOR),
     )
@@ -47,12 +69,9 @@ def depth_of(segmenter: SAMConfig | SAM2Config | EfficientSAMConfig) -> int:
 
 def family_of(keys: Mapping[str, object] | set[str], prefix: str) -> str | None:
     """Return the segmenter family by key names below `prefix`, or None."""
-    if any(key.startswith(f"{prefix}sam_mask_decoder.") for key in keys):
-        return "sam2"
-    if any(key.startswith(f"{prefix}mask_decoder.final_output_upscaling_layers.") for key in keys):
-        return "efficient_sam"
-    if any(key.startswith(f"{prefix}mask_decoder.output_upscaling.") for key in keys):
-        return "sam"
+    for family, published in SEGMENTERS.items():
+        if any(key.startswith(prefix + published.mark) for key in keys):
+            return family
     return None
 
 
@@ -63,7 +82,7 @@ def _count(shapes: Shapes, pattern: str) -> int:
 
 def segmenter_shape(shapes: Shapes, prefix: str, family: str) -> tuple[int, int]:
     """Return (width, layers) of the segmenter's image encoder, (0, 0) where its tensors are absent."""
-    trunk = f"{prefix}image_encoder.trunk." if family == "sam2" else f"{prefix}image_encoder."
+    trunk = prefix + SEGMENTERS[family].trunk
     width = shapes.get(f"{trunk}patch_embed.proj.weight", (0,))[0]
     return width, _count(shapes, re.escape(trunk) + r"blocks\.(\d+)\.")
 
@@ -80,10 +99,10 @@ def detect(config: Mapping[str, Any], shapes: Shapes, source: str) -> ModelConfi
         CheckpointError: not an EVF-SAM checkpoint, or config and tensors disagree.
     """
     scale = config.get("mm_extractor_scale")
-    if config.get("model_type") not in ("evf", None) or scale not in ("base", "large", "nano"):
+    if config.get("model_type") not in ("evf", None) or scale not in encoder_configs():
         raise CheckpointError(
             f"{source}: config.json is not of EVF-SAM (model_type {config.get('model_type')!r}, "
-            f"mm_extractor_scale {scale!r}; needed 'evf' and 'base' or 'large')"
+            f"mm_extractor_scale {scale!r}; needed 'evf' and one of {', '.join(encoder_configs())})"
         )
     family = family_of(shapes, "visual_model.")
     if family is None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,14 @@ class TensorFile:
 
 def _load_pickle(path: Path, entry: str | None) -> dict[str, Tensor]:
     try:
-        try:
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            content = torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch warns of a pickle protocol, then refuses the file
+            try:
+                content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                content = torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path} is not a file of tensors alone: it is no PyTorch checkpoint, or it would run code when loaded. "
@@ -131,9 +134,10 @@ def _weight_files(source: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    if not names:
-        raise CheckpointError(f"{index} names no shards. Download the folder again")
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{index} names no shards ('weight_map'). Download the folder again")
+    names = sorted(set(shards.values()))
     for name in names:
         if Path(name).name != name:
             raise CheckpointError(f"{index} names {name!r}; a shard must lie beside its index")

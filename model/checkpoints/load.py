@@ -22,16 +22,24 @@ from ..registry import FAMILIES, find_config, hub_id, list_models, model_config
 from ..segmenters.base import Segmenter
 from . import evf_sam
 from .beit3 import BEIT3, PREFIX
-from .efficient_sam import EFFICIENT_SAM
 from .files import Checkpoint, read_json, write_bin_shards, write_safetensors
 from .rules import KeyMap, Section, check_keys, named_tensors
-from .sam import SAM
-from .sam2 import SAM2
-
-PLAIN = {"sam": SAM, "sam2": SAM2, "efficient_sam": EFFICIENT_SAM}
-"""Formats of the segmenters' own releases."""
+from .sam2 import VIDEO_KEYS
 
 OUR_FORMAT = "textsam"
+EXACT = ("positional_embedding", "position_matrix")
+"""Ends of the names of tensors that keep the file's type when weights are cast."""
+
+_SPECIAL = {
+    "bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "mask_token": "<mask>", "pad_token": "<pad>",
+    "sep_token": "</s>", "unk_token": "<unk>",
+}  # fmt: skip
+TOKENIZER_SETTINGS = {
+    "special_tokens_map.json": _SPECIAL,
+    "tokenizer_config.json": _SPECIAL | {"model_max_length": 512, "padding_side": "right",
+                                         "tokenizer_class": "XLMRobertaTokenizer"},
+}  # fmt: skip
+"""What transformers reads beside the sentencepiece file; written where a folder lacks it."""
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +130,7 @@ def resolve(source: str | Path) -> Source:
     stated = read_json(config_file)
     checkpoint = Checkpoint(path)
     if stated.get("format") == OUR_FORMAT:
-        return Source(path, checkpoint, config_from_json(stated.get("model"), str(config_file)), None)
+        return Source(path, checkpoint, config_from_json(stated, str(config_file)), None)
     config = evf_sam.detect(stated, checkpoint.shapes, str(path))
     config = _with_video(config, checkpoint, "visual_model.")
     return Source(path, checkpoint, config, evf_sam.sections(config.family))
@@ -158,7 +166,7 @@ def _download(repository: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["config.json", "*.safetensors", "*.bin", "*.index.json", "*.model", "*.spm"]
+    patterns = ["*.json", "*.safetensors", "*.bin", "*.model", "*.spm"]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
@@ -181,7 +189,7 @@ def _plain_file(path: Path) -> Source:
         raise CheckpointError(f"{path} is {kind}. A model file is of SAM, SAM-2 or EfficientSAM; a folder of EVF-SAM")
     config = find_config(family, *evf_sam.segmenter_shape(checkpoint.shapes, "", family), None)
     config = _with_video(config, checkpoint, "")
-    return Source(path, checkpoint, config, (Section("segmenter.", "", PLAIN[family]),))
+    return Source(path, checkpoint, config, (Section("segmenter.", "", evf_sam.SEGMENTERS[family].plain),))
 
 
 def _with_video(config: ModelConfig, checkpoint: Checkpoint, prefix: str) -> ModelConfig:
@@ -191,7 +199,11 @@ def _with_video(config: ModelConfig, checkpoint: Checkpoint, prefix: str) -> Mod
     version = "2.1" if f"{prefix}no_obj_embed_spatial" in checkpoint.shapes else "2.0"
     has_video = any(name.startswith(f"{prefix}memory_") for name in checkpoint.shapes)
     if not has_video:
-        logger.info("%s has no SAM-2 memory: images work, video does not", checkpoint.source)
+        unused = [name for name in checkpoint.shapes if name.removeprefix(prefix).startswith(VIDEO_KEYS)]
+        for name in unused:
+            del checkpoint.shapes[name]
+        rest = f" (of its other video parts {len(unused)} tensors stay unused)" if unused else ""
+        logger.info("%s has no SAM-2 memory: images work, video does not%s", checkpoint.source, rest)
     if version != config.segmenter.version:
         name = config.segmenter_name.replace("sam2-", "sam2.1-")
         config = dataclasses.replace(config, segmenter_name=name)
@@ -248,10 +260,17 @@ def fill_tensors(
             f"{source} does not fit the model: {'; '.join(wrong)}. "
             "Download the checkpoint again, or name the architecture it was made for"
         )
-    state = {}
+    state: dict[str, Tensor] = {}
+    storages: set[int] = set()
     for name, theirs in key_map.theirs.items():
-        rows = [checkpoint.read(their, device, dtype) for their in theirs]
-        state[name] = rows[0] if len(rows) == 1 else torch.cat(rows)
+        # Positions of points need more than 8 bits of mantissa; the matrix that codes them stays exact.
+        kind = None if name.endswith(EXACT) else dtype
+        rows = [checkpoint.read(their, device, kind) for their in theirs]
+        tensor = rows[0] if len(rows) == 1 else torch.cat(rows)
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{source}: {theirs[0]} holds {tensor.dtype}, needed are floating-point numbers")
+        state[name] = tensor.clone() if tensor.data_ptr() in storages else tensor
+        storages.add(tensor.data_ptr())
     grads = {name: tensor.requires_grad for name, tensor in targets.items()}
     for name, tensor in state.items():
         owner, _, leaf = name.rpartition(".")
@@ -309,14 +328,17 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
     return {"format": OUR_FORMAT, "version": 1, "name": config.name, "model": dataclasses.asdict(config)}
 
 
-def config_from_json(values: Any, where: str) -> ModelConfig:
+def config_from_json(stated: dict[str, Any], where: str) -> ModelConfig:
     """Return the architecture that our config.json describes.
 
     Raises:
         CheckpointError: a value is missing or unknown.
     """
-    if not isinstance(values, dict) or values.get("family") not in FAMILIES:
-        raise CheckpointError(f"{where}: 'model' must be an object with 'family' one of {', '.join(FAMILIES)}")
+    values, version = stated.get("model"), stated.get("version")
+    if not isinstance(values, dict) or values.get("family") not in FAMILIES or version != 1:
+        raise CheckpointError(
+            f"{where}: needed are 'version' 1 (here {version!r}) and 'model' with a 'family' of {', '.join(FAMILIES)}"
+        )
     try:
         segmenter = from_mapping(FAMILIES[values["family"]].config, values["segmenter"], f"{where}, segmenter")
         encoder = values.get("encoder") and from_mapping(BEiT3Config, values["encoder"], f"{where}, encoder")
@@ -327,6 +349,7 @@ def config_from_json(values: Any, where: str) -> ModelConfig:
 
 def save_model(model: EVFModel, folder: str | Path, tokenizer: str | Path | None = None) -> None:
     """Write a folder of ours: config.json, model.safetensors and, where given, the tokenizer."""
+    _refuse_quantised(model)
     folder = Path(folder)
     write_safetensors(folder / "model.safetensors", named_tensors(model))
     _copy_tokenizer(tokenizer, folder)
@@ -343,7 +366,15 @@ def save_published(
 
     Args:
         bin_shard_bytes: write pytorch_model-*.bin shards of at most this size; None writes model.safetensors.
+
+    Raises:
+        ModelError: a quantised model, or one without an encoder.
     """
+    _refuse_quantised(model)
+    if model.encoder is None:
+        raise ModelError(f"{model.config.name} has no encoder: the EVF-SAM layout holds whole models. Use save_model")
+    if getattr(model.config.segmenter, "has_video", True) is False:
+        logger.warning("%s has no video parts: the published code will miss them when it loads this", folder)
     folder = Path(folder)
     tensors = named_tensors(model)
     key_map = KeyMap(tensors, evf_sam.sections(model.config.family))
@@ -359,10 +390,22 @@ def save_published(
     write_json(folder / "config.json", evf_sam.published_config(model.config))
 
 
+def _refuse_quantised(model: EVFModel) -> None:
+    if model.quantized_bits is not None:
+        raise ModelError(f"a model quantised to {model.quantized_bits} bit cannot be saved. Save it before quantising")
+
+
 def _copy_tokenizer(source: str | Path | None, folder: Path) -> None:
+    """Copy the sentencepiece file, and the two small files with which the published code finds it."""
     if source is None:
         return
     path = find_tokenizer(Path(source))
-    for file in (path, path.parent / "tokenizer_config.json", path.parent / "special_tokens_map.json"):
-        if file.is_file() and file.resolve() != (folder / file.name).resolve():
-            shutil.copyfile(file, folder / file.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    if path.resolve() != (folder / path.name).resolve():
+        shutil.copyfile(path, folder / path.name)
+    for name, content in TOKENIZER_SETTINGS.items():
+        beside = path.parent / name
+        if not beside.is_file():
+            write_json(folder / name, content)
+        elif beside.resolve() != (folder / name).resolve():
+            shutil.copyfile(beside, folder / name)

@@ -78,5 +78,11 @@ SAM2 = Format(
     ),
 )
 
+VIDEO_KEYS = (
+    "memory_", "maskmem_tpos_enc", "no_mem_pos_enc", "mask_downsample.", "obj_ptr_", "no_obj_",
+    "sam_mask_decoder.pred_obj_score_head.",
+)  # fmt: skip
+"""How the names of tensors begin that only video uses."""
+
 SAM2_IN_EVF = replace(SAM2, rules=(*SAM2.rules[:-1], (_SCALE, r"\1.weight")))
 """Inside EVF checkpoints the memory fuser's layer scale is called `weight`, not `gamma`."""

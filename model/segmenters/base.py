@@ -1,7 +1,6 @@
 """The contract of every segmenter, and what the families share."""
 
 import math
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,9 @@ class Segmenter(nn.Module):
     """
 
     image_spec: ImageSpec
+    """How EVF-SAM prepares an image for this segmenter."""
+    own_image_spec: ImageSpec
+    """How the segmenter's own release does, for a model without phrases."""
     prompt_kinds: frozenset[str] = frozenset()
     """Which geometric prompts the family has weights for: `points`, `boxes`, `masks`."""
 
@@ -106,25 +108,21 @@ class Segmenter(nn.Module):
         """Compute the buffers that no checkpoint stores, after a build on the meta device."""
 
 
-class HasPositionMatrix(Protocol):
-    """A Fourier position encoding with its random matrix [2, 128]."""
-
-    positional_embedding: Tensor
-
-
-def grid_positions(matrix: Tensor, side: int) -> Tensor:
-    """Return the Fourier code of the centres of a `side` x `side` grid.
+def grid_positions(matrix: Tensor, embedding: Tensor) -> Tensor:
+    """Return the Fourier code of the centres of an embedding's grid.
 
     Args:
         matrix: float [2, 128].
+        embedding: [N, 256, side, side].
 
     Returns:
-        [1, 256, side, side] in the type of `matrix`, computed in float32.
+        [1, 256, side, side] in the type of `embedding`, computed in float32.
     """
+    side = embedding.shape[-1]
     centres = (torch.arange(side, device=matrix.device, dtype=torch.float32) + 0.5) / side * 2 - 1
     y, x = torch.meshgrid(centres, centres, indexing="ij")
     angles = 2 * math.pi * (torch.stack([x, y], dim=-1) @ matrix.float())
-    return torch.cat([angles.sin(), angles.cos()], dim=-1).permute(2, 0, 1)[None].to(matrix.dtype)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).permute(2, 0, 1)[None].to(embedding.dtype)
 
 
 def pick_images(features: Tensor, image_index: Tensor | None, count: int) -> Tensor:

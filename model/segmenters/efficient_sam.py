@@ -32,6 +32,7 @@ class EfficientSAMSegmenter(Segmenter):
         super().__init__()
         self.config = config
         self.image_spec = ImageSpec(size=config.image_size, resize="square")
+        self.own_image_spec = self.image_spec
         self.image_encoder = ImageEncoder(config)
         self.prompt_encoder = PromptEmbeddings()
         self.mask_decoder = MaskDecoder()
@@ -54,7 +55,7 @@ class EfficientSAMSegmenter(Segmenter):
         if dense is not None:
             raise ValueError("EfficientSAM has no dense prompt embedding")
         embedding = pick_images(features.embedding, image_index, len(sparse))
-        positions = grid_positions(self.prompt_encoder.position_matrix, embedding.shape[-1])
+        positions = grid_positions(self.prompt_encoder.position_matrix, embedding)
         return MaskPrediction(*self.mask_decoder(embedding, positions, sparse))
 
     def select(self, prediction: MaskPrediction) -> Tensor:

@@ -1,7 +1,5 @@
 """SAM ViT-B, L and H on the transformers modules (arXiv 2304.02643, facebookresearch/segment-anything)."""
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +27,7 @@ class SAMSegmenter(Segmenter):
         super().__init__()
         self.config = config
         self.image_spec = ImageSpec(size=config.image_size, resize="letterbox", filter="pillow-bilinear")
+        self.own_image_spec = self.image_spec
         library = _library_config(config)
         self.image_encoder = SamVisionEncoder(library.vision_config)
         self.prompt_encoder = SamPromptEncoder(library)
@@ -69,7 +68,7 @@ class SAMSegmenter(Segmenter):
         if dense is None:
             dense = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
         embedding = pick_images(features.embedding, image_index, len(sparse)) + dense
-        positions = grid_positions(self.prompt_encoder.shared_embedding.positional_embedding, embedding.shape[-1])
+        positions = grid_positions(self.prompt_encoder.shared_embedding.positional_embedding, embedding)
         masks, iou, _ = decode_masks(self.mask_decoder, embedding, positions, sparse)
         return MaskPrediction(masks, iou)
 
@@ -120,18 +119,16 @@ class RelativeAttention(nn.Module):
         """
         _, height, width, _ = query.shape
         table_h, table_w = (
-            table[_distances(side).to(table.device)]
-            for side, table in ((height, self.rel_pos_h), (width, self.rel_pos_w))
+            table[_distances(side, table.device)] for side, table in ((height, self.rel_pos_h), (width, self.rel_pos_w))
         )
         along_h = query @ table_h.transpose(1, 2)  # [G, H, W, c] @ [H, c, H]: each row has its own table
         along_w = (query.transpose(1, 2) @ table_w.transpose(1, 2)).transpose(1, 2).contiguous()
         return along_h[..., :, None] + along_w[..., None, :]
 
 
-@cache
-def _distances(side: int) -> Tensor:
+def _distances(side: int, device: torch.device) -> Tensor:
     """Return the table row for each pair of positions, int64 [side, side]."""
-    steps = torch.arange(side)
+    steps = torch.arange(side, device=device)
     return steps[:, None] - steps[None, :] + side - 1
 
 

@@ -42,6 +42,7 @@ class SAM2Segmenter(Segmenter):
         super().__init__()
         self.config = config
         self.image_spec = ImageSpec(size=config.image_size, resize="square")
+        self.own_image_spec = self.image_spec.for_sam2()
         self.sam2 = Sam2VideoModel(_library_config(config))
         self.sam2.shared_image_embedding = self.sam2.prompt_encoder.shared_embedding
         if not config.has_video:
@@ -93,7 +94,7 @@ class SAM2Segmenter(Segmenter):
         if dense is None:
             dense = encoder.no_mask_embed.weight.view(1, -1, 1, 1)
         embedding = pick_images(features.embedding, image_index, count) + dense
-        positions = grid_positions(encoder.shared_embedding.positional_embedding, embedding.shape[-1])
+        positions = grid_positions(encoder.shared_embedding.positional_embedding, embedding)
         high_res = tuple(pick_images(level, image_index, count) for level in features.high_res)
         masks, iou, score_token = decode_masks(self.sam2.mask_decoder, embedding, positions, sparse, high_res)
         score = self.sam2.mask_decoder.pred_obj_score_head(score_token)[:, 0] if self.config.has_video else None

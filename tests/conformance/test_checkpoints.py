@@ -7,7 +7,7 @@ import torch
 
 from model.checkpoints import evf_sam
 from model.checkpoints.files import Checkpoint
-from model.checkpoints.load import PLAIN, build_model, fill_model, load_model, resolve, save_model, save_published
+from model.checkpoints.load import build_model, fill_model, load_model, resolve, save_model, save_published
 from model.checkpoints.rules import KeyMap, Section, check_keys, named_tensors
 from model.registry import model_config
 
@@ -59,7 +59,7 @@ def test_segmenter_manifest(file):
     config = model_config(PLAIN_FILES[file])
     with torch.device("meta"):
         model = build_model(config)
-    key_map = KeyMap(named_tensors(model), (Section("segmenter.", "", PLAIN[config.family]),))
+    key_map = KeyMap(named_tensors(model), (Section("segmenter.", "", evf_sam.SEGMENTERS[config.family].plain),))
     assert_same_tensors(model, key_map, manifest(file))
 
 
