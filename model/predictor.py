@@ -41,10 +41,10 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class _Image:
-    """What is kept of an image between phrases."""
+class _Images:
+    """What is kept of a batch of images between phrases."""
 
-    size: tuple[int, int]
+    sizes: list[tuple[int, int]]
     features: ImageFeatures
     encoder_pixels: Tensor | None
 
@@ -79,7 +79,7 @@ class ImagePredictor:
             )
         spec = model.segmenter.own_image_spec if model.encoder is None else model.segmenter.image_spec
         self.image_spec: ImageSpec = spec.for_evaluation() if preprocessing == "evaluation" else spec
-        self._image: _Image | None = None
+        self._image: _Images | None = None
 
     @torch.inference_mode()
     def set_image(self, image: ImageLike) -> None:
@@ -91,7 +91,7 @@ class ImagePredictor:
         Raises:
             ImageError: the image cannot be used; the earlier one stays set.
         """
-        self._image = self._encode([read_image(image)])[0]
+        self._image = self._encode([read_image(image)])
 
     def predict(
         self,
@@ -121,8 +121,8 @@ class ImagePredictor:
         if self._image is None:
             raise PromptError("no image set. Call set_image(image) first")
         phrases = self._phrases(phrases, semantic)
-        prompts = self._prompts(points, labels, boxes, masks, len(phrases), self._image.size)
-        return self._predict([self._image], phrases, [0] * (len(phrases) or _count(prompts)), prompts)[0]
+        prompts = self._prompts(points, labels, boxes, masks, len(phrases), self._image.sizes[0])
+        return self._predict(self._image, phrases, [0] * (len(phrases) or _count(prompts)), prompts)[0]
 
     @torch.inference_mode()
     def predict_batch(
@@ -160,7 +160,7 @@ class ImagePredictor:
             results += self._predict(encoded, [phrase for entry in batch for phrase in entry], index, Prompts())
         return results
 
-    def _encode(self, images: list[np.ndarray]) -> list[_Image]:
+    def _encode(self, images: list[np.ndarray]) -> _Images:
         model = self.model
         pixels = torch.stack([self.image_spec(image) for image in images])
         features = model.segmenter.encode_image(pixels.to(model.device, model.dtype))
@@ -168,10 +168,7 @@ class ImagePredictor:
         if model.encoder is not None:
             dtype = model.encoder.vision_embed.proj.weight.dtype
             small = torch.stack([model.encoder.image_spec(image) for image in images]).to(model.device, dtype)
-        return [
-            _Image(image.shape[:2], features[i], None if small is None else small[i : i + 1])
-            for i, image in enumerate(images)
-        ]
+        return _Images([image.shape[:2] for image in images], features, small)
 
     def _phrases(self, phrases: str | Sequence[str] | None, semantic: bool) -> list[str]:
         listed = [] if phrases is None else [phrases] if isinstance(phrases, str) else list(phrases)
@@ -241,40 +238,35 @@ class ImagePredictor:
         )
 
     @torch.inference_mode()
-    def _predict(
-        self, images: list[_Image], phrases: list[str], index: list[int], prompts: Prompts
-    ) -> list[Prediction]:
+    def _predict(self, images: _Images, phrases: list[str], index: list[int], prompts: Prompts) -> list[Prediction]:
         model = self.model
-        features = images[0].features if len(images) == 1 else _stack([image.features for image in images])
-        small = None if not phrases else torch.cat([image.encoder_pixels for image in images])
         image_index = torch.tensor(index, device=model.device)
         ids = padding = None
         if phrases:
             ids, padding = self.tokenizer(phrases)
             padding = padding.to(model.device) if padding.any() else None
             ids = ids.to(model.device)
-        sizes = [image.size for image in images]
-        full: list[list[tuple[np.ndarray, ...]]] = [[] for _ in images]
+        full: list[list[tuple[np.ndarray, ...]]] = [[] for _ in images.sizes]
         scores: list[Tensor] = []
         low_res: list[Tensor] = []
         for start in range(0, len(index), MAX_PROMPTS):
             part = slice(start, start + MAX_PROMPTS)
             output = model(
-                features,
-                small,
+                images.features,
+                images.encoder_pixels,
                 None if ids is None else ids[part],
                 None if padding is None else padding[part],
                 image_index[part],
                 _slice(prompts, part),
             )
             logits, iou = output.prediction.chosen(output.selected)
-            for i, masks in enumerate(model.segmenter.postprocess(logits, sizes, image_index[part])):
+            for i, masks in enumerate(model.segmenter.postprocess(logits, images.sizes, image_index[part])):
                 full[i].append(self._to_cpu(masks))
             scores.append(iou.float().cpu())
             low_res.append(logits.float().cpu())
         all_scores, all_low_res, rows = torch.cat(scores).numpy(), torch.cat(low_res).numpy(), np.array(index)
         results = []
-        for i in range(len(images)):
+        for i in range(len(images.sizes)):
             masks, full_logits, boxes = (_join(parts) for parts in zip(*full[i], strict=True))
             full[i] = []
             results.append(Prediction(masks, full_logits, all_scores[rows == i], boxes, all_low_res[rows == i]))
@@ -319,11 +311,6 @@ def _slice(prompts: Prompts, part: slice) -> Prompts | None:
         return None
     values = {name: getattr(prompts, name) for name in ("points", "labels", "boxes", "masks")}
     return replace(prompts, **{name: None if value is None else value[part] for name, value in values.items()})
-
-
-def _stack(features: list[ImageFeatures]) -> ImageFeatures:
-    levels = zip(*(item.high_res for item in features), strict=True)
-    return ImageFeatures(torch.cat([item.embedding for item in features]), tuple(torch.cat(level) for level in levels))
 
 
 def load_predictor(

@@ -15,7 +15,7 @@ from torch import Tensor
 from utils.errors import CheckpointError
 from utils.files import atomic_path
 
-RELEASE_BYTES = 256 << 20
+RELEASE_BYTES = 48 << 20
 """A mapping is closed and opened again after this many bytes were copied out of it, so that its pages are freed."""
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -54,20 +54,30 @@ class TensorFile:
             return {name: tuple(self._handle.get_slice(name).get_shape()) for name in self._handle.keys()}  # noqa: SIM118
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
+    def _mapped(self, name: str) -> Tensor:
+        return self._handle.get_tensor(name) if self.path.suffix == ".safetensors" else self._tensors[name]
+
     def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> Tensor:
         """Return a tensor; without a change of type or device it stays a private mapping of the file.
 
         Integer and boolean tensors keep their type.
         """
-        tensor = self._handle.get_tensor(name) if self.path.suffix == ".safetensors" else self._tensors[name]
-        wanted = dtype if tensor.is_floating_point() else None
-        moved = tensor.to(device=device, dtype=wanted)
-        if moved is not tensor:
-            self._copied += tensor.nbytes
+        tensor = self._mapped(name)
+        if dtype is None or not tensor.is_floating_point():
+            dtype = tensor.dtype
+        if (tensor.device, tensor.dtype) == (device, dtype):
+            return tensor
+        moved = torch.empty(tensor.shape, dtype=dtype, device=device)
+        rows = max(1, RELEASE_BYTES // max(1, tensor[0].nbytes)) if tensor.ndim else 1
+        for start in range(0, len(tensor) if tensor.ndim else 1, rows):
+            part = ... if tensor.ndim == 0 else slice(start, start + rows)
+            moved[part] = tensor[part]
+            self._copied += tensor[part].nbytes
             if self._copied > RELEASE_BYTES:
                 self._copied = 0
                 del tensor
                 self._open()
+                tensor = self._mapped(name)
         return moved
 
 

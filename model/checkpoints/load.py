@@ -4,12 +4,14 @@ import dataclasses
 import importlib
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from configs.schema import BEiT3Config, ModelConfig, SAM2Config, from_mapping
 from utils.errors import CheckpointError, ModelError
@@ -217,13 +219,14 @@ def fill_model(source: Source, device: torch.device, dtype: torch.dtype | None) 
     Raises:
         CheckpointError: a missing, extra or mis-shaped tensor.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialisation():
         model = build_model(source.config)
     targets = named_tensors(model)
     sections = source.sections or (Section("", "", evf_sam.Format(())),)
     key_map = KeyMap(targets, sections)
     fill_tensors(model, targets, key_map, source.checkpoint, device, dtype)
-    model.segmenter.restore_buffers()
+    with _NoInitialisation():
+        model.segmenter.restore_buffers()
     for name, buffer in model.named_buffers():
         if buffer.is_meta:
             raise RuntimeError(f"buffer {name} was neither stored nor restored")
@@ -231,6 +234,18 @@ def fill_model(source: Source, device: torch.device, dtype: torch.dtype | None) 
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, buffer.to(device))
     return model
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Skips `torch.nn.init`: on the meta device it computes nothing, but takes a third of the time to build a model."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def fill_tensors(

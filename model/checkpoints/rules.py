@@ -44,6 +44,9 @@ class KeyMap:
 
     def __init__(self, names: Iterable[str], sections: tuple[Section, ...]) -> None:
         self.sections = sections
+        self._rules = {
+            id(section): [(re.compile(pattern), text) for pattern, text in section.format.rules] for section in sections
+        }
         self.theirs = {name: self._translate(name) for name in names}
         self.ours = {their: our for our, theirs in self.theirs.items() for their in theirs}
         if len(self.ours) != sum(map(len, self.theirs.values())):
@@ -55,8 +58,8 @@ class KeyMap:
         if rest in section.format.split:
             template, rows = section.format.split[rest]
             return tuple(section.theirs + template.format(i) for i in range(rows))
-        for pattern, replacement in section.format.rules:
-            rest = re.sub(pattern, replacement, rest)
+        for pattern, replacement in self._rules[id(section)]:
+            rest = pattern.sub(replacement, rest)
         return (section.theirs + rest,)
 
     def describe(self, their_name: str) -> str:
