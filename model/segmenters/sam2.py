@@ -64,14 +64,14 @@ class SAM2Segmenter(Segmenter):
         """Return the embedding [B, 256, S/16, S/16] and two finer levels; see `Segmenter.encode_image`."""
         levels = self.backbone(pixels).intermediate_hidden_states
         # The library's neck also computes a sine position table per level, which only the video memory reads.
-        convs = self.sam2.vision_encoder.neck.convs
-        fine, middle, coarse, coarsest = (
-            conv(level.permute(0, 3, 1, 2)) for conv, level in zip(reversed(convs), levels, strict=True)
-        )
+        fine_conv, middle_conv, *convs = reversed(self.sam2.vision_encoder.neck.convs)
+        fine, middle, *coarse_levels = (level.permute(0, 3, 1, 2) for level in levels)
+        coarse, coarsest = (conv(level) for conv, level in zip(convs, coarse_levels, strict=True))
         top_down = F.interpolate(coarsest.float(), scale_factor=2.0, mode="nearest").to(coarse.dtype)
         embedding = coarse + top_down + self.sam2.no_memory_embedding.view(1, -1, 1, 1)
         decoder = self.sam2.mask_decoder
-        return ImageFeatures(embedding, (decoder.conv_s0(fine), decoder.conv_s1(middle)))
+        high_res = (_two_convs(fine_conv, decoder.conv_s0, fine), _two_convs(middle_conv, decoder.conv_s1, middle))
+        return ImageFeatures(embedding, high_res)
 
     def _encode_prompts(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
         sparse, dense = self.sam2.prompt_encoder(
@@ -126,6 +126,13 @@ class SAM2Segmenter(Segmenter):
             for name, buffer in fresh.named_buffers():
                 owner, _, leaf = name.rpartition(".")
                 setattr(attention.get_submodule(owner), leaf, buffer)
+
+
+def _two_convs(first: nn.Conv2d, second: nn.Conv2d, pixels: Tensor) -> Tensor:
+    """Apply two 1x1 convolutions as one: the 256 channels between them are never needed at high resolution."""
+    outer = second.weight.flatten(1)
+    weight = outer @ first.weight.flatten(1)
+    return F.conv2d(pixels, weight[:, :, None, None], outer @ first.bias + second.bias)
 
 
 class HieraAttention(nn.Module):
