@@ -64,7 +64,7 @@ class PhraseTokenizer:
         """
         try:
             pieces = self.pieces.encode(phrase) if phrase.strip() else []
-        except (RuntimeError, UnicodeEncodeError):
+        except (RuntimeError, TypeError, UnicodeEncodeError):
             raise PromptError(f"phrase {phrase!r} is not Unicode text. Type it in a UTF-8 terminal") from None
         if not pieces:
             raise PromptError(f"empty phrase {phrase!r}. Describe the object, for example 'the zebra on the left'")
