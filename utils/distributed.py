@@ -58,6 +58,7 @@ class Ranks:
 
         if dist.is_initialized():
             return
+        logger.info("rank %d of %d meets the others", self.rank, self.world)
         try:
             dist.init_process_group("gloo", timeout=timedelta(days=1))
         except (KeyError, ValueError, RuntimeError) as error:
