@@ -204,3 +204,20 @@ def test_configurations_that_cannot_work_are_refused():
     for change, word in (({"version": "3"}, "3"), ({"image_size": 250}, "250"), ({"global_blocks": (2,)}, "windows")):
         with pytest.raises(ModelError, match=word):
             dataclasses.replace(config, **change)
+
+
+def test_compile_without_a_compiler_is_one_line(monkeypatch):
+    """The encoder stays as it was, and the message names the remedy."""
+
+    def fail(*_arguments, **_options):
+        def run(_pixels):
+            raise RuntimeError("No working C++ compiler found\nand much more")
+
+        return run
+
+    segmenter = nano_model("sam").segmenter
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(ModelError, match=r"No working C\+\+ compiler found\). Install") as error:
+        segmenter.compile_image_encoder()
+    assert "\n" not in str(error.value)
+    assert segmenter.encode_image(torch.zeros(1, 3, 256, 256)).embedding.shape == (1, 256, 16, 16)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.errors import PromptError
+from utils.errors import ModelError, PromptError
 from utils.image import ImageSpec
 
 from ..types import ImageFeatures, MaskPrediction, Prompts
@@ -101,8 +101,23 @@ class Segmenter(nn.Module):
         return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
     def compile_image_encoder(self) -> None:
-        """Let torch.compile speed up `encode_image`; the first call compiles."""
-        self.encode_image = torch.compile(self.encode_image, dynamic=False)
+        """Let torch.compile speed up `encode_image` for one image at a time, and compile it now.
+
+        Raises:
+            ModelError: there is no working compiler.
+        """
+        compiled = torch.compile(self.encode_image, dynamic=False)
+        weight = next(self.parameters())
+        side = self.image_spec.size
+        try:
+            with torch.inference_mode():
+                compiled(torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype))
+        except RuntimeError as error:  # dynamo's and inductor's own errors are RuntimeErrors
+            reason = str(error).splitlines()[0]
+            raise ModelError(
+                f"torch.compile failed ({reason}). Install a C++ compiler, or leave --compile out"
+            ) from None
+        self.encode_image = compiled
 
     def restore_buffers(self) -> None:
         """Compute the buffers that no checkpoint stores, after a build on the meta device."""
