@@ -59,13 +59,11 @@ def run(args: InferenceArgs) -> int:
     settings = settings_digest(args)
     records = {} if args.overwrite else read_records(folder)
     todo = [job for job in ranks.share(jobs) if not is_done(records.get(str(job.path)), settings, args, folder, job)]
-    is_single = len(jobs) == 1
-    if is_single and todo:
-        read_image(jobs[0].path, args.max_pixels)
+    only = read_image(jobs[0].path, args.max_pixels) if len(jobs) == 1 and todo else None
     failed: list[str] = []
     if todo:
         predictor = load(args, ranks)
-        failed = _work(args, predictor, todo, folder, settings, ranks, is_single)
+        failed = _work(args, predictor, todo, folder, settings, ranks, only)
     ranks.wait_for_all()
     if ranks.is_first:
         merge_records(folder)
@@ -102,21 +100,22 @@ def _work(
     folder: Path,
     settings: str,
     ranks: Ranks,
-    is_single: bool,
+    only: np.ndarray | None,
 ) -> list[str]:
-    phrases = [semantic_phrase(phrase) for phrase in args.prompt] if args.semantic else list(args.prompt)
+    """Do the images of one rank and return what was wrong with those that could not be read.
+
+    Args:
+        only: the decoded image where there is a single one: it was read before the weights, to fail early.
+    """
     failed = []
-    bar = tqdm(todo, unit="image", disable=is_single or not ranks.is_first)
-    for job in bar:
+    for job in tqdm(todo, unit="image", disable=only is not None or not ranks.is_first):
         try:
-            image = read_image(job.path, args.max_pixels)
+            image = read_image(job.path, args.max_pixels) if only is None else only
         except ImageError as error:
-            if is_single:
-                raise
             failed.append(str(error))
             continue
         predictor.set_image(image)
-        prediction = predictor.predict(phrases)
+        prediction = predictor.predict(args.prompt, semantic=args.semantic)
         record = write_outputs(args, job, image, prediction, folder)
         append_record(folder, ranks.rank, {**record, "settings": settings})
     return failed

@@ -88,6 +88,11 @@ def hub_id(name: str) -> str | None:
     return RELEASED[name][2] if name in RELEASED else None
 
 
+def depth_of(segmenter: SegmenterConfig) -> int:
+    """Return the number of transformer blocks of a segmenter's image encoder."""
+    return sum(segmenter.blocks) if isinstance(segmenter, SAM2Config) else segmenter.layers
+
+
 def find_config(family: str, width: int, layers: int, encoder_scale: str | None) -> ModelConfig:
     """Return the registered model of a family by its segmenter's width and depth, and the encoder's scale.
 
@@ -98,8 +103,7 @@ def find_config(family: str, width: int, layers: int, encoder_scale: str | None)
         if (config.family, config.encoder_name) != (family, encoder_scale):
             continue
         segmenter = config.segmenter
-        depth = sum(segmenter.blocks) if isinstance(segmenter, SAM2Config) else segmenter.layers
-        if (segmenter.width, depth) == (width, layers):
+        if (segmenter.width, depth_of(segmenter)) == (width, layers):
             return config
     raise ModelError(
         f"no registered {family} segmenter has width {width} and {layers} layers. Add it to configs/model/{family}.yaml"

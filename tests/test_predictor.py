@@ -224,6 +224,18 @@ def test_points_keep_their_place_in_half_precision(nano_folders, picture):
     prompts = [predictor._prompts([[x, 100]], None, None, None, 0, (1024, 1024)) for x in (1000, 1001)]
     first, second = (segmenter.encode_prompts(p)[0] for p in prompts)
     assert (first - second).abs().max() > 1e-3
+    exact = load_predictor(nano_folders["sam2"], device="cpu").model.segmenter
+    for prompt, code in zip(prompts, (first, second), strict=True):
+        assert (exact.encode_prompts(prompt)[0] - code).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(("family", "moved"), [("sam", [128, 96, 256, 192]), ("sam2", [128, 128, 256, 256])])
+def test_points_and_boxes_move_with_the_image(family, moved):
+    """Of a 160x120 image in a 256-pixel input: letterboxed by one factor, squared by two."""
+    predictor = lively_predictor(family)
+    prompts = predictor._prompts([[80, 60]], None, [80, 60, 160, 120], None, 0, (120, 160))
+    assert prompts.points.tolist() == [[moved[:2]]]
+    assert prompts.boxes.tolist() == [moved]
 
 
 def test_models_of_one_part(tmp_path, nano_folders, picture):

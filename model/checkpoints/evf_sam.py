@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.loader import encoder_configs
-from configs.schema import BEiT3Config, EfficientSAMConfig, ModelConfig, SAM2Config, SAMConfig
+from configs.schema import BEiT3Config, ModelConfig, SAM2Config
 from utils.errors import CheckpointError
 
-from ..registry import find_config
+from ..registry import depth_of, find_config
 from .beit3 import BEIT3
 from .efficient_sam import EFFICIENT_SAM
 from .rules import Format, Section
@@ -60,11 +60,6 @@ def sections(family: str) -> tuple[Section, ...]:
         Section("encoder.", "mm_extractor.", BEIT3),
         Section("projector.", "", PROJECTOR),
     )
-
-
-def depth_of(segmenter: SAMConfig | SAM2Config | EfficientSAMConfig) -> int:
-    """Return the number of transformer blocks of a segmenter's image encoder."""
-    return sum(segmenter.blocks) if isinstance(segmenter, SAM2Config) else segmenter.layers
 
 
 def family_of(keys: Mapping[str, object] | set[str], prefix: str) -> str | None:

@@ -68,7 +68,7 @@ class TensorFile:
         if (tensor.device, tensor.dtype) == (device, dtype):
             return tensor
         moved = torch.empty(tensor.shape, dtype=dtype, device=device)
-        rows = max(1, RELEASE_BYTES // max(1, tensor[0].nbytes)) if tensor.ndim else 1
+        rows = max(1, RELEASE_BYTES * len(tensor) // max(1, tensor.nbytes)) if tensor.ndim else 1
         for start in range(0, len(tensor) if tensor.ndim else 1, rows):
             part = ... if tensor.ndim == 0 else slice(start, start + rows)
             moved[part] = tensor[part]
@@ -123,6 +123,11 @@ class Checkpoint:
                 if name in self._owner:
                     raise CheckpointError(f"{source}: tensor {name} is in two shards. Download the folder again")
                 self._owner[name], self.shapes[name] = file, shape
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Treat tensors that no part of the model uses as if they were not there."""
+        for name in names:
+            del self.shapes[name]
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> Tensor:
         """Return a tensor on a device, floating-point ones in `dtype` (None keeps the type)."""

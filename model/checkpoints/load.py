@@ -25,7 +25,7 @@ from ..segmenters.base import Segmenter
 from . import evf_sam
 from .beit3 import BEIT3, PREFIX
 from .files import Checkpoint, read_json, write_bin_shards, write_safetensors
-from .rules import KeyMap, Section, check_keys, named_tensors
+from .rules import OURS, KeyMap, Section, check_keys, named_tensors
 from .sam2 import VIDEO_KEYS
 
 OUR_FORMAT = "textsam"
@@ -53,8 +53,8 @@ class Source:
     path: Path
     checkpoint: Checkpoint
     config: ModelConfig
-    sections: tuple[Section, ...] | None
-    """How its keys map to ours; None for our own folder, whose keys are ours."""
+    sections: tuple[Section, ...]
+    """How its keys map to ours."""
 
 
 def build_model(config: ModelConfig, **segmenter_options: bool) -> EVFModel:
@@ -132,7 +132,7 @@ def resolve(source: str | Path) -> Source:
     stated = read_json(config_file)
     checkpoint = Checkpoint(path)
     if stated.get("format") == OUR_FORMAT:
-        return Source(path, checkpoint, config_from_json(stated, str(config_file)), None)
+        return Source(path, checkpoint, config_from_json(stated, str(config_file)), OURS)
     config = evf_sam.detect(stated, checkpoint.shapes, str(path))
     config = _with_video(config, checkpoint, "visual_model.")
     return Source(path, checkpoint, config, evf_sam.sections(config.family))
@@ -202,8 +202,7 @@ def _with_video(config: ModelConfig, checkpoint: Checkpoint, prefix: str) -> Mod
     has_video = any(name.startswith(f"{prefix}memory_") for name in checkpoint.shapes)
     if not has_video:
         unused = [name for name in checkpoint.shapes if name.removeprefix(prefix).startswith(VIDEO_KEYS)]
-        for name in unused:
-            del checkpoint.shapes[name]
+        checkpoint.leave_out(unused)
         rest = f" (of its other video parts {len(unused)} tensors stay unused)" if unused else ""
         logger.info("%s has no SAM-2 memory: images work, video does not%s", checkpoint.source, rest)
     if version != config.segmenter.version:
@@ -222,8 +221,7 @@ def fill_model(source: Source, device: torch.device, dtype: torch.dtype | None) 
     with torch.device("meta"), _NoInitialisation():
         model = build_model(source.config)
     targets = named_tensors(model)
-    sections = source.sections or (Section("", "", evf_sam.Format(())),)
-    key_map = KeyMap(targets, sections)
+    key_map = KeyMap(targets, source.sections)
     fill_tensors(model, targets, key_map, source.checkpoint, device, dtype)
     with _NoInitialisation():
         model.segmenter.restore_buffers()
@@ -322,8 +320,7 @@ def _with_parts(config: ModelConfig, segmenter: str | Path | None, encoder: str 
             )
         checkpoint = Checkpoint(_existing(encoder), entry="model")
         others = [name for name in checkpoint.shapes if not name.startswith(PREFIX)]
-        for name in others:
-            del checkpoint.shapes[name]
+        checkpoint.leave_out(others)
         if others:
             logger.info("%s: %d tensors beside %s* are other heads and stay unused", encoder, len(others), PREFIX)
         targets = {f"encoder.{name}": tensor for name, tensor in named_tensors(model.encoder).items()}

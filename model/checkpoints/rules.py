@@ -39,6 +39,10 @@ class Section:
     format: Format
 
 
+OURS = (Section("", "", Format(())),)
+"""The layout of our own folders: every name as it is."""
+
+
 class KeyMap:
     """The finite table between the tensors of one model and one published layout."""
 
