@@ -1,1 +1,1 @@
-"""Data sets. Has an `__init__` so that this folder wins over an installed Hugging Face `datasets`."""
+"""Data sets: images with phrases and masks, behind one reader. `datasets.catalog.open_dataset` opens one by name."""

@@ -30,6 +30,14 @@ class CheckpointError(TextSAMError):
     """A checkpoint is missing, unsafe, incomplete or does not fit the model."""
 
 
+class DataError(TextSAMError):
+    """A data set is unknown, incomplete, unsafe or holds something that cannot be a mask or a phrase."""
+
+
+class TrainingError(TextSAMError):
+    """A training or evaluation run cannot start or go on."""
+
+
 class MissingPackageError(TextSAMError):
     """An optional package is needed for what was asked."""
 
