@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -359,11 +359,20 @@ def config_from_json(stated: dict[str, Any], where: str) -> ModelConfig:
         raise CheckpointError(f"{where} cannot be read ({error}). Restore the file") from None
 
 
-def save_model(model: EVFModel, folder: str | Path, tokenizer: str | Path | None = None) -> None:
-    """Write a folder of ours: config.json, model.safetensors and, where given, the tokenizer."""
+def save_model(
+    model: EVFModel,
+    folder: str | Path,
+    tokenizer: str | Path | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a folder of ours: config.json, model.safetensors and, where given, the tokenizer.
+
+    Args:
+        tensors: the weights, where they are not in the model itself (sharded over processes, or with LoRA).
+    """
     _refuse_quantised(model)
     folder = Path(folder)
-    write_safetensors(folder / "model.safetensors", named_tensors(model))
+    write_safetensors(folder / "model.safetensors", named_tensors(model) if tensors is None else tensors)
     _copy_tokenizer(tokenizer, folder)
     write_json(folder / "config.json", config_to_json(model.config))
 

@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from configs.schema import BEiT3Config
 from utils.errors import PromptError
@@ -136,6 +137,8 @@ class BEiT3(nn.Module):
     def __init__(self, config: BEiT3Config) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
+        """Whether training computes layers again in the backward pass instead of keeping what they made."""
         self.image_spec = ImageSpec(
             size=config.image_size, resize="square", filter="torch-bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, scale=1.0
         )
@@ -194,8 +197,12 @@ class BEiT3(nn.Module):
             PromptError: the phrase has more tokens than the position table.
         """
         image, text, key_padding = self.embed(pixels, ids, padding, image_index)
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers[:-1]:
-            image, text = layer(image, text, key_padding)
+            if again:
+                image, text = checkpoint(layer, image, text, key_padding, use_reentrant=False)
+            else:
+                image, text = layer(image, text, key_padding)
         return self.norm.A(self.layers[-1].first_only(image, text, key_padding))[:, 0]
 
     def forward_all(

@@ -1,6 +1,8 @@
 """The contract of every segmenter, and what the families share."""
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,14 @@ from utils.image import ImageSpec
 from ..types import ImageFeatures, MaskPrediction, Prompts
 
 PROMPT_WIDTH = 256
+SAM_PARTS = MappingProxyType(
+    {
+        "image_encoder": ("image_encoder.",),
+        "prompt_encoder": ("prompt_encoder.no_mask_embed.",),
+        "mask_decoder": ("mask_decoder.",),
+    }
+)
+"""The parts of the families whose modules are named as SAM's."""
 
 
 class Segmenter(nn.Module):
@@ -26,6 +36,13 @@ class Segmenter(nn.Module):
     """How the segmenter's own release does, for a model without phrases."""
     prompt_kinds: frozenset[str] = frozenset()
     """Which geometric prompts the family has weights for: `points`, `boxes`, `masks`."""
+    parts: Mapping[str, tuple[str, ...]]
+    """Part -> how the names of its parameters begin; the first that fits counts. `image_encoder` is what
+    `encode_image` reads; `prompt_encoder` is what a phrase alone needs of it; the rest is never trained."""
+
+    def part_of(self, name: str) -> str:
+        """Return the part that a parameter belongs to: `image_encoder`, `mask_decoder`, `prompt_encoder`, `other`."""
+        return next((part for part, beginnings in self.parts.items() if name.startswith(beginnings)), "other")
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """Encode a batch of images once, for any number of prompts.

@@ -17,7 +17,7 @@ from utils.image import ImageSpec
 
 from ..attention import attend
 from ..types import ImageFeatures, MaskPrediction, Prompts
-from .base import PROMPT_WIDTH, Segmenter, first_mask, grid_positions, pick_images
+from .base import PROMPT_WIDTH, SAM_PARTS, Segmenter, first_mask, grid_positions, pick_images
 
 HEADS = 8
 MLP_WIDTH = 2048
@@ -27,6 +27,8 @@ PRETRAINED_GRID = 14
 
 class EfficientSAMSegmenter(Segmenter):
     """EfficientSAM with phrases as prompts; its checkpoints in EVF-SAM layout hold no usable point embeddings."""
+
+    parts = SAM_PARTS
 
     def __init__(self, config: EfficientSAMConfig) -> None:
         super().__init__()

@@ -10,13 +10,14 @@ from configs.schema import SAMConfig
 from utils.image import ImageSpec
 
 from ..types import ImageFeatures, MaskPrediction, Prompts
-from .base import Segmenter, decode_masks, first_mask, grid_positions, pick_images
+from .base import SAM_PARTS, Segmenter, decode_masks, first_mask, grid_positions, pick_images
 
 
 class SAMSegmenter(Segmenter):
     """SAM with any plain ViT."""
 
     prompt_kinds = frozenset({"points", "boxes", "masks"})
+    parts = SAM_PARTS
 
     def __init__(self, config: SAMConfig, library_attention: bool = False) -> None:
         """Build the modules.

@@ -1,5 +1,7 @@
 """SAM 2.0 and 2.1 on the transformers modules (arXiv 2408.00714, facebookresearch/sam2)."""
 
+from types import MappingProxyType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +34,16 @@ class SAM2Segmenter(Segmenter):
     """SAM 2 with Hiera T, S, B+ or L; the memory modules are carried along where the weights have them."""
 
     prompt_kinds = frozenset({"points", "boxes", "masks"})
+    parts = MappingProxyType(
+        {
+            "image_encoder": (
+                "sam2.vision_encoder.", "sam2.no_memory_embedding", "sam2.mask_decoder.conv_s0.",
+                "sam2.mask_decoder.conv_s1.",
+            ),
+            "prompt_encoder": ("sam2.prompt_encoder.no_mask_embed.",),
+            "mask_decoder": ("sam2.mask_decoder.",),
+        }
+    )  # fmt: skip
 
     def __init__(self, config: SAM2Config, library_attention: bool = False) -> None:
         """Build the modules.

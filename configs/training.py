@@ -1,0 +1,227 @@
+"""Options of train.py: what a YAML file of `configs/experiment/` may say, and the command line may change.
+
+Values marked "ours" were never published for EVF-SAM; the others are from its paper (arXiv 2406.20076, section 4.2).
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tyro.conf import FlagCreatePairsOff
+
+from utils.errors import TrainingError
+
+MAX_SEED = 2**63
+
+
+def _require(condition: bool, text: str) -> None:
+    if not condition:
+        raise TrainingError(text)
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """What is trained."""
+
+    name: str = "evf-sam2-hiera-tiny-base"
+    """Name of the registry (python -m tools.list_models)."""
+    checkpoint: str | None = None
+    """Fine-tune this EVF-SAM checkpoint (folder, hub id or released name) instead of starting from parts."""
+    segmenter_checkpoint: str | None = None
+    """SAM .pth, SAM-2 .pt or EfficientSAM .pt file to start the segmenter from; without it, random weights."""
+    encoder_checkpoint: str | None = None
+    """BEiT-3 .pth file to start the encoder from (the plain pre-trained one, not ITC); without it, random weights."""
+    tokenizer: str | None = None
+    """Sentencepiece file or its folder (beit3.spm); by default that of the checkpoint."""
+    max_length: int = 512
+    """Longest phrase in tokens; longer ones are cut with a warning."""
+    train_encoder: bool = True
+    """Train BEiT-3 and the projector. Without it, only the projector."""
+    train_mask_decoder: bool | None = None
+    """Train the mask decoder; by default for SAM and EfficientSAM, not for SAM-2, as published."""
+    train_prompt_encoder: bool | None = None
+    """Train the learned "no mask" prompt; by default as the mask decoder."""
+    train_image_encoder: bool = False
+    """Train the segmenter's image encoder too."""
+    lora_rank: int = 0
+    """Train low-rank updates of the encoder's linear layers (peft) instead of all its weights; 0 is off."""
+    lora_alpha: float = 16.0
+    """Scale of the low-rank updates, divided by their rank."""
+    gradient_checkpointing: bool = False
+    """Compute the encoder's layers again in the backward pass instead of keeping what they made."""
+
+    def __post_init__(self) -> None:
+        _require(self.lora_rank >= 0, f"model.lora_rank {self.lora_rank}: needed is 0 (off) or a rank such as 8")
+        _require(self.max_length >= 3, f"model.max_length {self.max_length} leaves no room for a phrase. Default: 512")
+        if self.checkpoint and (self.segmenter_checkpoint or self.encoder_checkpoint):
+            raise TrainingError(
+                "model.checkpoint holds a whole model; segmenter_checkpoint and encoder_checkpoint hold parts of one. "
+                "Give one or the other"
+            )
+
+
+@dataclass(frozen=True)
+class DataArgs:
+    """What it is trained on."""
+
+    root: str = "dataset"
+    """Folder of the data sets, as published (--dataset_dir)."""
+    sets: tuple[str, ...] = ("refer_seg",)
+    """Groups to mix. A group is one set, or several with commas, each as likely: "refcoco|unc|train,grefcoco|unc|train".
+    `refer_seg` stands for the four training sets of the RefCOCO family; a .json or .jsonl path is your own data."""
+    rates: tuple[float, ...] = ()
+    """How often each group is drawn, relative to the others; by default equally."""
+    phrases_per_image: int = 3
+    """Phrases drawn of an image, at most."""
+    sampling: Literal["random", "shuffle"] = "random"
+    """random: images are drawn with replacement, as published. shuffle: every image once before any comes again."""
+    batch_size: int = 2
+    """Images of one forward of one process."""
+    workers: int = 4
+    """Processes that read images, per rank; 0 reads in the training process."""
+    flip: float = 0.0
+    """Chance of mirroring an image (0 to 1). Published: none. The authors advise 0.5 for SAM-2 and nothing stronger."""
+    flip_words: Literal["swap", "skip"] = "swap"
+    """What a mirrored image does to phrases with left and right: swap the words, or leave such images as they are."""
+    feature_cache: str | None = None
+    """Folder that keeps the image features (bf16) of a frozen image encoder: later epochs read them."""
+    skip_missing: bool = False
+    """Leave out images whose files are absent, and say how many, instead of stopping."""
+    max_pixels: int = 89_478_485
+    """Refuse larger images, before they are decoded."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.sets), "data.sets is empty. Name at least one, for example refer_seg")
+        _require(
+            len(self.rates) in (0, len(self.sets)),
+            f"data.rates has {len(self.rates)} numbers, data.sets {len(self.sets)} groups. Give one for each, or none",
+        )
+        _require(all(rate > 0 for rate in self.rates), f"data.rates {list(self.rates)}: needed are positive numbers")
+        _require(0 <= self.flip <= 1, f"data.flip {self.flip}: needed is a chance from 0 to 1")
+        for name in ("phrases_per_image", "batch_size"):
+            value = getattr(self, name)
+            _require(value >= 1, f"data.{name} {value}: needed is at least 1")
+        _require(self.workers >= 0, f"data.workers {self.workers}: needed is 0 or more")
+
+
+@dataclass(frozen=True)
+class LossArgs:
+    """What is minimised: the mean over phrases of bce * BCE + dice * (1 - dice)."""
+
+    bce: float = 1.0
+    dice: float = 1.0
+    points: int = 0
+    """Compute the loss at this many points of the low-resolution mask instead of every pixel of the image. Ours."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.bce >= 0 and self.dice >= 0 and self.bce + self.dice > 0,
+            f"loss.bce {self.bce} and loss.dice {self.dice}: needed are numbers from 0, not both 0",
+        )
+        _require(self.points >= 0, f"loss.points {self.points}: needed is 0 (all pixels) or a count such as 12544")
+
+
+@dataclass(frozen=True)
+class OptimArgs:
+    """How: AdamW with a linear warm-up and decay."""
+
+    lr: float = 1e-4
+    encoder_lr_scale: float = 1.0
+    """The encoder's learning rate relative to `lr`. Ours: some relatives of EVF-SAM halve it."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Ours."""
+    weight_decay: float = 0.0
+    """Ours; of matrices only."""
+    warmup: int = 100
+    """Steps over which the learning rate rises. Ours."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    steps: int = 15_000
+    global_batch: int | None = None
+    """Images of one optimizer step over all processes; by default batch_size times processes. More is accumulated."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 leaves gradients as they are. Ours."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the arithmetic; trained weights stay in fp32."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optim.lr {self.lr}: needed is a positive number such as 1e-4")
+        _require(self.encoder_lr_scale > 0, f"optim.encoder_lr_scale {self.encoder_lr_scale}: needed is positive")
+        _require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas {self.betas}: needed are two numbers below 1")
+        _require(self.steps >= 1, f"optim.steps {self.steps}: needed is at least 1")
+        for name in ("warmup", "weight_decay", "clip"):
+            value = getattr(self, name)
+            _require(value >= 0, f"optim.{name} {value}: needed is 0 or more")
+
+
+@dataclass(frozen=True)
+class ValidationArgs:
+    """What it is measured on while it trains; the best by cIoU is kept."""
+
+    sets: tuple[str, ...] = ()
+    every: int = 500
+    """Steps between evaluations; there is always one at the end."""
+    batch_size: int = 4
+    max_images: int | None = None
+    """Measure only this many images of each set, evenly spread over it."""
+    root: str | None = None
+    """Folder of the validation sets, where it is another than data.root."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "batch_size", "max_images"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"val.{name} {value}: needed is at least 1")
+
+
+@dataclass(frozen=True)
+class RunArgs:
+    """Where it runs and what it leaves."""
+
+    out: str = "runs/evf"
+    """Folder for weights, logs and pictures."""
+    seed: int = 0
+    device: str | None = None
+    """cpu, cuda or mps; by default CUDA, then MPS, then the CPU."""
+    strategy: str = "ddp"
+    """ddp, fsdp, zero2, zero3, or the path of a YAML file like those in configs/strategy/."""
+    resume: str = "auto"
+    """auto goes on from the newest checkpoint in `out`, if any; never refuses a folder with one; or a checkpoint."""
+    save_every: int = 500
+    """Steps between checkpoints; there is always one at the end."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < MAX_SEED, f"run.seed {self.seed}: needed is a whole number from 0")
+        for name in ("save_every", "keep", "log_every"):
+            value = getattr(self, name)
+            _require(value >= 1, f"run.{name} {value}: needed is at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train EVF-SAM: `train.py configs/experiment/NAME.yaml [--optim.lr 5e-5 ...]`."""
+
+    model: ModelArgs = field(default_factory=ModelArgs)
+    data: DataArgs = field(default_factory=DataArgs)
+    loss: LossArgs = field(default_factory=LossArgs)
+    optim: OptimArgs = field(default_factory=OptimArgs)
+    val: ValidationArgs = field(default_factory=ValidationArgs)
+    run: RunArgs = field(default_factory=RunArgs)
+    dry_run: FlagCreatePairsOff[bool] = False
+    """Build everything, print what trains and on what, and stop before the first step."""
+
+
+def accumulation(data: DataArgs, optim: OptimArgs, world: int) -> int:
+    """Return how many forwards each process adds up for one optimizer step.
+
+    Raises:
+        TrainingError: the global batch is not a multiple of what one forward of all processes takes.
+    """
+    at_once = data.batch_size * world
+    total = optim.global_batch or at_once
+    if total % at_once:
+        raise TrainingError(
+            f"optim.global_batch {total} is not a multiple of data.batch_size {data.batch_size} times {world} "
+            f"processes. Nearest: {max(1, total // at_once) * at_once}; or change data.batch_size"
+        )
+    return total // at_once

@@ -1,0 +1,100 @@
+"""What is trained and what stays: by part, as published, and without the weights that no gradient reaches."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from configs.training import ModelArgs
+from utils.errors import TrainingError
+
+from .checkpoints.load import build_model
+from .evf import EVFModel
+
+TRAINED_DECODERS = frozenset({"sam", "efficient_sam"})
+"""Families whose mask decoder and "no mask" prompt EVF-SAM trains; SAM-2 stays as it is (issue #45 of its authors)."""
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """How many parameters of a part there are, are trained, and are asked for but get no gradient."""
+
+    name: str
+    total: int
+    trained: int
+    idle: int
+
+
+def choose_trained(model: EVFModel, args: ModelArgs) -> None:
+    """Set `requires_grad` of every parameter by part.
+
+    Raises:
+        TrainingError: the model has no encoder, or nothing would be trained.
+    """
+    if model.encoder is None:
+        raise TrainingError(
+            f"{model.config.name} has no encoder to train. Give a name such as evf-{model.config.name}-base"
+        )
+    with_decoder = model.config.family in TRAINED_DECODERS
+    parts = {
+        "image_encoder": args.train_image_encoder,
+        "mask_decoder": with_decoder if args.train_mask_decoder is None else args.train_mask_decoder,
+        "prompt_encoder": with_decoder if args.train_prompt_encoder is None else args.train_prompt_encoder,
+    }
+    model.requires_grad_(False)
+    model.encoder.requires_grad_(args.train_encoder and not args.lora_rank)
+    model.projector.requires_grad_(True)
+    for name, parameter in model.segmenter.named_parameters():
+        parameter.requires_grad_(parts.get(model.segmenter.part_of(name), False))
+
+
+def leave_out_idle(model: EVFModel) -> dict[str, int]:
+    """Take `requires_grad` from parameters that no gradient can reach, and return their names and sizes.
+
+    The last encoder layer computes one vector, so its text half is idle; so are the IoU head and the mask token.
+    A copy of the model without storage finds them: one forward and backward of shapes alone.
+    """
+    with torch.device("meta"):
+        shapes = build_model(model.config)
+        encoder, segmenter = shapes.encoder.image_spec.size, shapes.segmenter.image_spec.size
+        pixels, small = torch.empty(1, 3, segmenter, segmenter), torch.empty(1, 3, encoder, encoder)
+        ids = torch.empty(1, 4, dtype=torch.long)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in shapes.named_parameters():
+        parameter.requires_grad_(name in names)
+    shapes(pixels, small, ids).logits.sum().backward()
+    reached = {name for name, parameter in shapes.named_parameters() if parameter.grad is not None}
+    idle = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in reached}
+    for parameter in idle.values():
+        parameter.requires_grad_(False)
+    return {name: parameter.numel() for name, parameter in idle.items()}
+
+
+def part_of(model: EVFModel, name: str) -> str:
+    """Return what a parameter of an `EVFModel` belongs to: `encoder`, `projector` or a part of the segmenter."""
+    owner, _, rest = name.partition(".")
+    return model.segmenter.part_of(rest) if owner == "segmenter" else owner
+
+
+def report(model: EVFModel, idle: dict[str, int]) -> list[PartReport]:
+    """Return one line per part, in the order of the model."""
+    totals: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        counts = totals.setdefault(part_of(model, name), [0, 0, 0])
+        counts[0] += parameter.numel()
+        counts[1] += parameter.numel() * parameter.requires_grad
+        counts[2] += idle.get(name, 0)
+    return [PartReport(name, *counts) for name, counts in totals.items()]
+
+
+def report_text(parts: list[PartReport]) -> str:
+    """Return the report as a table."""
+    rows = [f"{'part':16} {'parameters':>13} {'trained':>13} {'no gradient':>13}"]
+    sums = PartReport("all", *(sum(getattr(part, field) for part in parts) for field in ("total", "trained", "idle")))
+    rows += [f"{part.name:16} {part.total:13,} {part.trained:13,} {part.idle:13,}" for part in (*parts, sums)]
+    return "\n".join(rows)
+
+
+def trained_names(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that are trained."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -1,0 +1,240 @@
+"""What is optimised: one forward for all images and phrases of a batch, and its loss."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.training import LossArgs, ModelArgs, OptimArgs
+from utils.errors import MissingPackageError, TrainingError
+from utils.feature_cache import FeatureCache, digest_of
+from utils.tokenizer import PhraseTokenizer
+
+from .checkpoints.files import Checkpoint
+from .checkpoints.load import find_source, load_model, resolve
+from .checkpoints.rules import OURS, KeyMap, check_keys, named_tensors
+from .evf import EVFModel
+from .freeze import PartReport, choose_trained, leave_out_idle, report
+from .losses import mask_losses, point_losses
+from .types import ImageFeatures
+
+
+class TrainingStep(nn.Module):
+    """A model with its loss: what DDP, FSDP and DeepSpeed wrap, and call with the fields of a batch."""
+
+    def __init__(self, model: EVFModel, loss: LossArgs) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+        self.spec = model.segmenter.image_spec.for_evaluation()
+
+    @property
+    def has_frozen_images(self) -> bool:
+        """Whether the image encoder is not trained, so that its features never change."""
+        names = ((self.model.segmenter.part_of(n), p) for n, p in self.model.segmenter.named_parameters())
+        return not any(parameter.requires_grad for part, parameter in names if part == "image_encoder")
+
+    def encode_images(self, pixels: Tensor) -> ImageFeatures:
+        """Return the features of images, without a graph where the image encoder is frozen."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.has_frozen_images):
+            return self.model.segmenter.encode_image(pixels)
+
+    def forward(
+        self,
+        image: Tensor | ImageFeatures,
+        encoder_pixels: Tensor,
+        ids: Tensor,
+        padding: Tensor,
+        image_index: Tensor,
+        masks: Sequence[Tensor],
+    ) -> Tensor:
+        """Return the two losses of each phrase, float32 [N, 2]: cross-entropy and dice.
+
+        Args:
+            image: segmenter pixels float [B, 3, S, S], or features.
+            encoder_pixels, ids, padding, image_index: as `EVFModel.forward`.
+            masks: per image uint8 [n_i, H_i, W_i] of 0, 1 and 255 (does not count), in the order of the phrases.
+        """
+        features = image if isinstance(image, ImageFeatures) else self.encode_images(image)
+        output = self.model(features, encoder_pixels, ids, padding, image_index)
+        return self.losses(output.logits, image_index, masks)
+
+    def losses(self, logits: Tensor, image_index: Tensor, masks: Sequence[Tensor]) -> Tensor:
+        """Return float32 [N, 2] from low-resolution logits [N, 4h, 4w]."""
+        counts = [len(part) for part in masks]
+        if self.loss.points:
+            pairs = zip(logits.split(counts), masks, strict=True)
+            return torch.cat([point_losses(part, truth, self.spec, self.loss.points) for part, truth in pairs])
+        sizes = [tuple(part.shape[-2:]) for part in masks]
+        images = self.model.segmenter.postprocess(logits, sizes, image_index)
+        return torch.cat([mask_losses(part, truth) for part, truth in zip(images, masks, strict=True)])
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A model that is ready to train, its words, and what of it is trained."""
+
+    model: EVFModel
+    tokenizer: PhraseTokenizer
+    parts: list[PartReport]
+
+
+def prepare_model(args: ModelArgs) -> Trainable:
+    """Load or build a model on the CPU in float32 and freeze what is not trained.
+
+    Raises:
+        TextSAMError: a checkpoint, name or tokenizer cannot be used.
+    """
+    path = args.tokenizer
+    if args.checkpoint:
+        source = find_source(args.checkpoint)
+        model = load_model(source, dtype=torch.float32)
+        path = path or str(source)
+        if resolve(source).config.encoder is None:
+            raise TrainingError(f"model.checkpoint {args.checkpoint} has no encoder. Give an EVF-SAM checkpoint")
+    else:
+        model = load_model(
+            args.name,
+            segmenter_checkpoint=args.segmenter_checkpoint,
+            encoder_checkpoint=args.encoder_checkpoint,
+            pretrained=False,
+        )
+    if path is None:
+        raise TrainingError(
+            "model.tokenizer is not set. Give the sentencepiece file that the encoder was trained with (beit3.spm)"
+        )
+    choose_trained(model, args)
+    tokenizer = PhraseTokenizer(path, min(args.max_length, model.encoder.config.max_text_tokens), "truncate")
+    if tokenizer.vocab_size > model.encoder.config.vocab_size:
+        raise TrainingError(
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, but the encoder's table "
+            f"{model.encoder.config.vocab_size}. Take the tokenizer that the encoder was trained with"
+        )
+    if args.lora_rank:
+        add_lora(model, args.lora_rank, args.lora_alpha)
+        parts = report(model, {})
+    else:
+        parts = report(model, leave_out_idle(model))
+    model.encoder.gradient_checkpointing = args.gradient_checkpointing
+    return Trainable(model, tokenizer, parts)
+
+
+def add_lora(model: EVFModel, rank: int, alpha: float) -> None:
+    """Put trainable low-rank updates (arXiv 2106.09685) on the encoder's linear layers, its weights frozen.
+
+    Raises:
+        MissingPackageError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise MissingPackageError("model.lora_rank needs peft. Run: pip install peft") from None
+
+    model.encoder.requires_grad_(True)
+    idle = leave_out_idle(model)
+    linear = [name for name, module in model.encoder.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name in linear if f"encoder.{name}.weight" not in idle]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear), model.encoder)
+
+
+def model_tensors(model: EVFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a model's tensors by the names it has without LoRA, the low-rank updates added to the weights.
+
+    Args:
+        tensors: of a `TrainingStep`, as an engine gathers them: names begin with `model.`.
+    """
+    scales = {name: module.scaling["default"] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    kept = set(named_tensors(model))  # of two names of one tensor, the first
+    result = {}
+    for full_name, tensor in tensors.items():
+        name = full_name.removeprefix("model.")
+        if name not in kept or ".lora_" in name:
+            continue
+        owner, is_base, leaf = name.partition(".base_layer.")
+        if is_base and leaf == "weight":
+            down, up = (tensors[f"model.{owner}.lora_{side}.default.weight"] for side in "AB")
+            tensor = tensor + (up @ down) * scales[owner]
+        result[name.replace(".base_layer.", ".")] = tensor
+    return result
+
+
+def lora_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the low-rank updates among the tensors of a `TrainingStep`: a saved model holds their sum alone."""
+    return {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
+
+
+def restore(step: TrainingStep, folder: Path, extra: Mapping[str, Tensor]) -> None:
+    """Load the weights of a checkpoint of a run into its model, before an engine wraps it.
+
+    With LoRA the frozen weights stay as they were loaded: the saved ones have the updates in them.
+
+    Raises:
+        CheckpointError: the checkpoint is of another architecture.
+    """
+    checkpoint = Checkpoint(folder)
+    own = {name.removeprefix("model."): tensor for name, tensor in step.state_dict(keep_vars=True).items()}
+    if extra:
+        own = {name: tensor for name, tensor in own.items() if tensor.requires_grad and ".lora_" not in name}
+    else:
+        check_keys(KeyMap(named_tensors(step.model), OURS), checkpoint.shapes, str(folder))
+    with torch.no_grad():
+        for name in own.keys() & checkpoint.shapes.keys():
+            own[name].copy_(checkpoint.read(name, torch.device("cpu"), None))
+        for name, tensor in extra.items():
+            step.get_parameter(name).copy_(tensor)
+
+
+class BatchInputs:
+    """Turns a batch into the arguments of `TrainingStep.forward`; with a cache, image features are made only once.
+
+    The features of a cache are rounded to its type also when they are new: what a run learns does not depend on whether
+    the cache was warm.
+    """
+
+    def __init__(self, step: TrainingStep, cache: FeatureCache | None = None) -> None:
+        self.step, self.cache = step, cache
+
+    def __call__(self, batch: Any) -> tuple[Any, ...]:
+        """Return the arguments for a `datasets.sample.Batch` on the model's device."""
+        image = batch.pixels if self.cache is None else self.features(batch)
+        padding = batch.padding if batch.padding.any() else None
+        return image, batch.encoder_pixels, batch.ids, padding, batch.image_index, batch.masks
+
+    @torch.no_grad()
+    def features(self, batch: Any) -> ImageFeatures:
+        """Return the features of all images, computing and storing those that the cache did not have."""
+        fresh: list[Mapping[str, Tensor]] = []
+        if len(batch.pixels):
+            computed = self.step.model.segmenter.encode_image(batch.pixels).tensors()
+            fresh = [
+                {name: rows[i].to(self.cache.dtype) for name, rows in computed.items()}
+                for i in range(len(batch.pixels))
+            ]
+        missing = [name for name, cached in zip(batch.feature_names, batch.features, strict=True) if cached is None]
+        for name, tensors in zip(missing, fresh, strict=True):
+            self.cache.write(name, tensors)
+        computed_rows = iter(fresh)
+        rows = [next(computed_rows) if cached is None else cached for cached in batch.features]
+        stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return ImageFeatures.from_tensors(stacked).to(dtype=self.step.model.dtype)
+
+
+def feature_digest(model: EVFModel, precision: str) -> str:
+    """Return the name of a model's image features: of the weights, preprocessing and arithmetic that make them."""
+    segmenter = model.segmenter
+    tensors = segmenter.state_dict().items()
+    encoder = ((name, tensor) for name, tensor in tensors if segmenter.part_of(name) == "image_encoder")
+    return digest_of(encoder, segmenter.image_spec.for_evaluation(), model.config.segmenter, precision)
+
+
+def optimizer_groups(step: TrainingStep, args: OptimArgs) -> list[dict[str, Any]]:
+    """Return AdamW's groups: the encoder with its own learning rate, and weight decay for matrices alone."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in step.named_parameters():
+        if parameter.requires_grad:
+            rate = args.lr * (args.encoder_lr_scale if name.startswith("model.encoder.") else 1.0)
+            decay = args.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()]
