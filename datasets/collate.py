@@ -1,18 +1,15 @@
 """Samples to batches: preprocessing in the worker, phrases tokenised, everything packed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from utils.feature_cache import FeatureCache, name_of
 from utils.image import ImageSpec
 from utils.tokenizer import PhraseTokenizer
 
 from .sample import Batch, Sample
-
-FeatureReader = Callable[[Sample], Mapping[str, Tensor] | None]
-"""Returns the cached image features of a sample, or None where there are none yet."""
 
 
 @dataclass(frozen=True)
@@ -20,13 +17,13 @@ class Collate:
     """Turns samples into a `Batch`; give it to a `DataLoader` as `collate_fn`.
 
     * `image_spec`, `encoder_spec`: how the segmenter and the encoder see an image.
-    * `features`: where set, images with cached features are not preprocessed for the segmenter.
+    * `cache`: where set, images whose features it holds are not preprocessed for the segmenter.
     """
 
     image_spec: ImageSpec
     encoder_spec: ImageSpec
     tokenizer: PhraseTokenizer
-    features: FeatureReader | None = None
+    cache: FeatureCache | None = None
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Pack samples.
@@ -34,7 +31,8 @@ class Collate:
         Raises:
             PromptError: a phrase is empty, or too long for the tokenizer.
         """
-        features = tuple(self.features(sample) if self.features else None for sample in samples)
+        names = tuple(name_of(sample.image) for sample in samples) if self.cache else ()
+        features = tuple(map(self.cache.read, names)) if self.cache else (None,) * len(samples)
         pixels = [self.image_spec(s.image) for s, cached in zip(samples, features, strict=True) if cached is None]
         phrases = tuple(phrase for sample in samples for phrase in sample.phrases)
         ids, padding = self.tokenizer(phrases)
@@ -43,6 +41,7 @@ class Collate:
         return Batch(
             pixels=torch.stack(pixels) if pixels else torch.empty(0, 3, side, side),
             features=features,
+            feature_names=names,
             encoder_pixels=torch.stack([self.encoder_spec(sample.image) for sample in samples]),
             ids=ids,
             padding=padding,

@@ -41,7 +41,8 @@ class Batch:
     """B images with N phrases in all; phrase n is about image `image_index[n]`, phrases of one image follow each other.
 
     * `pixels`: float32 [b, 3, S, S], the segmenter's input of the b images without `features`, in their order.
-    * `features`: per image the cached tensors of the segmenter's encoder without batch dimension, or None.
+    * `features`: per image the cached tensors of the segmenter's encoder without batch dimension, or None;
+      `feature_names`: what the cache calls the images, or () where there is no cache.
     * `encoder_pixels`: float32 [B, 3, s, s].
     * `ids`: int64 [N, T], right-padded; `padding`: bool [N, T], True at padding.
     * `masks`: per image uint8 [n_i, H_i, W_i], values as in `Sample`.
@@ -51,6 +52,7 @@ class Batch:
 
     pixels: Tensor
     features: tuple[Mapping[str, Tensor] | None, ...]
+    feature_names: tuple[str, ...]
     encoder_pixels: Tensor
     ids: Tensor
     padding: Tensor

@@ -1,0 +1,304 @@
+"""The training loop. It receives its objects: an engine, batches, and functions that save and measure."""
+
+import logging
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .distributed import Ranks
+from .engine import Engine
+from .errors import TrainingError
+from .files import write_json
+from .logger import RunLogger
+from .run_folder import RunFolder, read_state, write_state
+
+MAX_SKIPPED = 20
+"""Steps in a row that fp16 may leave out while its loss scale comes down."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the learning rate moves: a linear rise over `warmup` steps, then down to 0 at `steps`, or constant."""
+
+    kind: str
+    warmup: int
+    steps: int
+
+    def factor(self, step: int) -> float:
+        """Return what the learning rates of step `step` (from 0) are multiplied with, 0..1."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        if self.kind == "constant":
+            return 1.0
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return 1 - done if self.kind == "linear" else (1 + math.cos(math.pi * done)) / 2
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """Weights of the two losses, when to do what, and the seed of what is random in a forward."""
+
+    bce: float
+    dice: float
+    steps: int
+    evaluate_every: int
+    save_every: int
+    keep: int
+    log_every: int
+    seed: int
+    uses_scaler: bool = False
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the trainer calls without knowing it.
+
+    * `inputs`: a batch on the device -> the arguments of the module.
+    * `save`: (folder, whole weights) writes a model that inference loads. Rank 0 calls it.
+    * `validate`: (module with whole weights, step) -> scores, `ciou` among them, or {} where nothing is measured. All
+      ranks call it.
+    * `extra_state`: whole weights -> those of them that `save` does not write, to be found in a checkpoint again.
+    """
+
+    inputs: Callable[[Any], tuple[Any, ...]]
+    save: Callable[[Any, dict[str, Tensor]], None]
+    validate: Callable[[nn.Module, int], dict[str, float]]
+    extra_state: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+class Stopped(Exception):
+    """SIGTERM came; a checkpoint was written."""
+
+
+class Trainer:
+    """Trains, measures and saves; can be killed at any moment and goes on as if nothing had happened.
+
+    What is random in a forward depends on the seed, the step and the rank alone, so a checkpoint needs no random state.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        schedule: Schedule,
+        settings: TrainerSettings,
+        hooks: Hooks,
+        folder: RunFolder,
+        ranks: Ranks,
+    ) -> None:
+        self.engine, self.schedule, self.settings, self.hooks = engine, schedule, settings, hooks
+        self.folder, self.ranks = folder, ranks
+        self.step, self.best, self._skipped = 0, -1.0, 0
+        self._is_stopping = False
+
+    def resume(self, checkpoint: Any) -> None:
+        """Load the optimizer and the place of a run; the weights are the caller's to load."""
+        state = read_state(checkpoint)
+        self.step, self.best = state["step"], state["best"]
+        self.engine.load_optimizer_state(state["engine"] if self.ranks.is_first else {})
+        self.engine.load_shards(checkpoint)
+
+    def run(self, steps: Callable[[int, int], Iterator[list[Any]]]) -> None:
+        """Train to the end.
+
+        Args:
+            steps: (start, stop) -> the batches of each step.
+
+        Raises:
+            TrainingError: the loss or the gradients are not finite; `nan.json` says on what.
+            Stopped: after SIGTERM, when all is saved.
+        """
+        earlier = signal.signal(signal.SIGTERM, self._stop_soon)
+        log = RunLogger(self.folder.path, self.step, self.settings.steps, self.ranks.is_first)
+        if self.engine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.engine.device)
+        try:
+            self._run(steps, log)
+        finally:
+            log.close()
+            signal.signal(signal.SIGTERM, earlier)
+
+    def _stop_soon(self, *_: Any) -> None:
+        self._is_stopping = True
+
+    def _run(self, steps: Callable[[int, int], Iterator[list[Any]]], log: RunLogger) -> None:
+        meter = _Speed()
+        self.engine.module.train()
+        for batches in meter.waiting(steps(self.step, self.settings.steps)):
+            losses, stop = self._step(batches)
+            self.step += 1
+            meter.add(losses[2])
+            log.step(losses[0] * self.settings.bce + losses[1] * self.settings.dice)
+            is_last, every = self.step == self.settings.steps, self.settings
+            if self.step % every.log_every == 0 or is_last:
+                log.record(self.step, self._numbers(losses) | meter.numbers(self.engine.device))
+            if self.step % every.evaluate_every == 0 or is_last:
+                self._evaluate(log)
+            elif self.step % every.save_every == 0 or stop:
+                self._save()
+            if stop and not is_last:
+                raise Stopped(f"SIGTERM: saved at step {self.step}; the same command goes on from there")
+
+    def _step(self, batches: Sequence[Any]) -> tuple[list[float], bool]:
+        """Do one optimizer step.
+
+        Returns:
+            mean cross-entropy, mean dice loss, phrases of all ranks, gradient norm, factor; and whether to stop.
+        """
+        settings, world = self.settings, self.ranks.world
+        torch.manual_seed((settings.seed * 1_000_003 + self.step) * 4099 + self.ranks.rank)
+        batches = [batch.to(self.engine.device) for batch in batches]
+        phrases = self._sum([sum(len(batch.phrases) for batch in batches)])[0]
+        weights = torch.tensor([settings.bce, settings.dice], device=self.engine.device)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
+        per_phrase = []
+        for i, batch in enumerate(batches):
+            with self.engine.autocast():
+                inputs = self.hooks.inputs(batch)
+            # Ranks may hold different numbers of phrases, and average their gradients: the sum over all phrases is
+            # divided by their number over all ranks, so that each phrase counts the same.
+            losses = self.engine.accumulate(
+                inputs, lambda losses: (losses @ weights).sum() * (world / phrases), i == len(batches) - 1
+            )
+            sums += losses.sum(0)
+            per_phrase.append(losses)
+        *totals, bad, stop = self._sum([*sums.tolist(), float(not sums.isfinite().all()), float(self._is_stopping)])
+        if bad and not settings.uses_scaler:
+            self._fail("loss", batches, per_phrase)
+        factor = self.schedule.factor(self.step)
+        norm = self.engine.update(factor)
+        if math.isfinite(norm):
+            self._skipped = 0
+        else:
+            self._skipped += 1
+            if not settings.uses_scaler or self._skipped > MAX_SKIPPED:
+                self._fail("gradient", batches, per_phrase)
+        return [totals[0] / phrases, totals[1] / phrases, phrases, norm, factor], stop > 0
+
+    def _sum(self, values: list[float]) -> list[float]:
+        """Return the values summed over ranks."""
+        if self.ranks.world == 1:
+            return values
+        kind = torch.float32 if self.engine.device.type == "mps" else torch.float64
+        tensor = torch.tensor(values, dtype=kind, device=self.engine.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def _fail(self, what: str, batches: Sequence[Any], per_phrase: list[Tensor]) -> None:
+        path = self.folder.path / f"nan.rank{self.ranks.rank}.json"
+        rows = torch.cat(per_phrase).tolist()
+        names = [
+            (phrase, name) for batch in batches for phrase, name in zip(batch.phrases, batch.phrase_ids, strict=True)
+        ]
+        write_json(
+            path,
+            {
+                "step": self.step,
+                "images": [key for batch in batches for key in batch.keys],
+                "phrases": [
+                    {"phrase": phrase, "id": name, "bce": bce, "dice": dice}
+                    for (phrase, name), (bce, dice) in zip(names, rows, strict=True)
+                ],
+            },
+        )
+        raise TrainingError(
+            f"the {what} of step {self.step} is not a finite number; {path} lists its phrases. The weights were not "
+            "changed. Lower optim.lr, or use bf16 instead of fp16; then start again with --run.resume auto"
+        )
+
+    def _numbers(self, losses: list[float]) -> dict[str, float]:
+        bce, dice, _, norm, factor = losses
+        rates = [group["base_lr"] * factor for group in self.engine.optimizer.param_groups]
+        return {
+            "loss": bce * self.settings.bce + dice * self.settings.dice,
+            "bce": bce,
+            "dice": dice,
+            "grad_norm": norm,
+            "lr": max(rates),
+        }
+
+    def _evaluate(self, log: RunLogger) -> None:
+        with self.engine.whole_module() as module, torch.no_grad(), self.engine.autocast():
+            module.eval()
+            scores = self.hooks.validate(module, self.step)
+        self.engine.module.train()
+        is_best = bool(scores) and scores["ciou"] > self.best
+        if is_best:
+            self.best = scores["ciou"]
+        if scores:
+            log.record(self.step, scores, "val")
+            log.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        self._save(is_best)
+
+    def _save(self, is_best: bool = False) -> None:
+        tensors, state = self.engine.tensors(), self.engine.optimizer_state()
+        partial = self.folder.partial(self.step)
+        if self.ranks.is_first:
+            self.folder.begin(self.step)
+            self.hooks.save(partial, tensors)
+            content = {"step": self.step, "best": self.best, "engine": state, "extra": self.hooks.extra_state(tensors)}
+            write_state(partial, content)
+        self._meet()
+        self.engine.save_shards(partial)
+        self._meet()
+        if self.ranks.is_first:
+            self.folder.commit(self.step)
+            if is_best:
+                self.folder.set_best(self.folder.checkpoint(self.step))
+            self.folder.keep(self.settings.keep)
+        self._meet()
+
+    def _meet(self) -> None:
+        if self.ranks.world > 1:
+            dist.barrier()
+
+
+class _Speed:
+    """How fast it goes since the last time it was asked."""
+
+    def __init__(self) -> None:
+        self._phrases, self._waited, self._since = 0.0, 0.0, time.perf_counter()
+
+    def waiting(self, items: Iterator[Any]) -> Iterator[Any]:
+        """Yield the items, and measure how long they kept the loop waiting."""
+        while True:
+            start = time.perf_counter()
+            item = next(items, None)
+            self._waited += time.perf_counter() - start
+            if item is None:
+                return
+            yield item
+
+    def add(self, phrases: float) -> None:
+        """Count the phrases of a step."""
+        self._phrases += phrases
+
+    def numbers(self, device: torch.device) -> dict[str, float]:
+        """Return phrases per second of all ranks, the share of time spent waiting for data, and memory in GB."""
+        seconds = time.perf_counter() - self._since
+        values = {
+            "phrases_per_s": self._phrases / seconds,
+            "data_wait": self._waited / seconds,
+            "memory_gb": _peak_memory(device) / 1e9,
+            "time": time.time(),
+        }
+        self._phrases, self._waited, self._since = 0.0, 0.0, time.perf_counter()
+        return values
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Return the most bytes in use so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
