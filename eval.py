@@ -1,0 +1,73 @@
+"""Measure a model: `torchrun --nproc_per_node 2 eval.py --version FOLDER --val_dataset "refcoco|unc|val"`."""
+
+import sys
+
+from configs.cli import parse
+from configs.evaluation import EvalArgs
+from utils.errors import TrainingError, run_main
+
+
+def main() -> int:
+    """Parse the options, open the data, load the model, then measure one data set after the other."""
+    args = parse(EvalArgs, "eval.py")
+    args.check()
+    from tqdm import tqdm
+
+    from datasets.catalog import expand, open_dataset
+    from datasets.collate import Collate
+    from datasets.loading import LOWERCASED, evaluation_batches
+    from datasets.mixture import spread
+    from model import image_runner
+    from utils.distributed import Ranks
+    from utils.evaluation_report import Report, WorstCases, find_empty_pixels
+    from utils.evaluator import evaluate, gather, gather_results
+
+    names = [name for text in args.val_dataset for name in expand(text)]
+    if len(set(names)) < len(names):
+        raise TrainingError(f"--val_dataset names a data set twice: {' '.join(names)}. Name each once")
+    ranks = Ranks.from_environment(args.local_rank)
+    ranks.join()
+    world = (args.reference_world or ranks.world) if args.reference_metric else None
+    datasets = [
+        open_dataset(
+            name,
+            args.dataset_dir,
+            lowercase=name.split("|")[0] in LOWERCASED,
+            overlaps="union" if world is None else "sum",
+            skip_missing=args.skip_missing,
+            max_pixels=args.max_pixels,
+        )
+        for name in names
+    ]
+    predictor = image_runner.load(args.for_loading(), ranks)
+    model = predictor.model
+    settings = {"checkpoint": args.version, "model": model.config.name, "weights": str(model.dtype).split(".")[-1]}
+    report = Report(args.out, settings, several=len(datasets) > 1)
+    collate = Collate(predictor.image_spec.for_evaluation(), model.encoder.image_spec, predictor.tokenizer)
+    for dataset in datasets:
+        empty_pixels = find_empty_pixels(dataset.name, args.empty_pixels)
+        indices = spread(dataset, args.max_images)
+        worst = WorstCases(empty_pixels=empty_pixels)
+        batches = evaluation_batches(dataset, collate, indices, args.batch_size, ranks, args.workers)
+        with tqdm(total=len(indices), desc=dataset.name, unit="image", disable=not ranks.is_first) as bar:
+            done = evaluate(
+                model,
+                batches,
+                model.device,
+                on_batch=worst.add if args.out else None,
+                progress=lambda count, bar=bar: bar.update(count * ranks.world),
+            )
+        results = gather_results(done, ranks)
+        cases = WorstCases.join(gather(worst.cases, ranks))
+        if ranks.is_first:
+            sys.stdout.write(report.add(dataset, results, cases, empty_pixels, world) + "\n")
+            sys.stdout.flush()
+    if ranks.is_first:
+        sys.stdout.write(report.finish())
+    ranks.wait_for_all()
+    ranks.leave()
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
