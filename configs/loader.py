@@ -4,6 +4,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from utils.errors import TrainingError
+
 from .schema import BEiT3Config, SegmenterConfig, from_mapping
 
 FOLDER = Path(__file__).parent
@@ -29,3 +31,21 @@ def segmenter_configs(family: str, kind: type[SegmenterConfig]) -> dict[str, Seg
     """Return every size of a segmenter family, from `model/<family>.yaml`, by name."""
     path = f"model/{family}.yaml"
     return {name: from_mapping(kind, values, f"configs/{path}, {name}") for name, values in read_yaml(path).items()}
+
+
+def read_strategy(name: str) -> dict[str, Any]:
+    """Return the content of `strategy/<name>.yaml`, or of the file that `name` is the path of.
+
+    Raises:
+        TrainingError: there is no such file, or it holds no keys.
+    """
+    import yaml
+
+    known = sorted(path.stem for path in (FOLDER / "strategy").glob("*.yaml"))
+    path = FOLDER / "strategy" / f"{name}.yaml" if name in known else Path(name)
+    if not path.is_file():
+        raise TrainingError(f"unknown strategy {name!r}. Known: {', '.join(known)}, or the path of a YAML file")
+    content = yaml.safe_load(path.read_text("utf-8"))
+    if not isinstance(content, dict):
+        raise TrainingError(f"{path} holds no keys. Take a file of configs/strategy/ as an example")
+    return content

@@ -66,7 +66,7 @@ class DataArgs:
     root: str = "dataset"
     """Folder of the data sets, as published (--dataset_dir)."""
     sets: tuple[str, ...] = ("refer_seg",)
-    """Groups to mix. A group is one set, or several with commas, each as likely: "refcoco|unc|train,grefcoco|unc|train".
+    """Groups to mix: each is one set, or several with commas, each as likely: "refcoco|unc|train,refcoco+|unc|train".
     `refer_seg` stands for the four training sets of the RefCOCO family; a .json or .jsonl path is your own data."""
     rates: tuple[float, ...] = ()
     """How often each group is drawn, relative to the others; by default equally."""

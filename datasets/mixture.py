@@ -1,6 +1,6 @@
 """Data sets mixed for training: which sample each position of an endless stream is, on any number of ranks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -112,12 +112,13 @@ def _order(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _CollateOrError:
+class ValueOrError:
     """Hands a worker's error to the training process as a value, so that its text stays one line."""
 
     collate: Collate
 
     def __call__(self, samples: list[Sample | TextSAMError]) -> Batch | TextSAMError:
+        """Return the batch, or the first error among samples and packing."""
         for sample in samples:
             if isinstance(sample, TextSAMError):
                 return sample
@@ -159,19 +160,41 @@ def training_steps(
     loader = DataLoader(
         mixture,
         batch_sampler=shares.positions(start, stop),
-        collate_fn=_CollateOrError(collate),
+        collate_fn=ValueOrError(collate),
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )
     batches = []
-    for batch in loader:
-        if isinstance(batch, TextSAMError):
-            raise batch
+    for batch in raise_errors(loader):
         batches.append(batch)
         if len(batches) == shares.forwards:
             yield batches
             batches = []
+
+
+class ErrorsAsValues(Dataset[Sample | TextSAMError]):
+    """A data set that returns what is wrong with a sample instead of raising it in a worker."""
+
+    def __init__(self, dataset: PhraseDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample | TextSAMError:
+        try:
+            return self.dataset.load(index)
+        except TextSAMError as error:
+            return error
+
+
+def raise_errors(batches: Iterable[Batch | TextSAMError]) -> Iterator[Batch]:
+    """Yield the batches; raise what a worker handed over as an error."""
+    for batch in batches:
+        if isinstance(batch, TextSAMError):
+            raise batch
+        yield batch
 
 
 def spread(dataset: PhraseDataset, images: int | None) -> list[int]:

@@ -48,8 +48,20 @@ def choose_trained(model: EVFModel, args: ModelArgs) -> None:
         parameter.requires_grad_(parts.get(model.segmenter.part_of(name), False))
 
 
-def leave_out_idle(model: EVFModel) -> dict[str, int]:
-    """Take `requires_grad` from parameters that no gradient can reach, and return their names and sizes.
+@dataclass(frozen=True)
+class Probe:
+    """What one forward and backward tells of a model.
+
+    * `idle`: name -> size of the parameters that were to be trained, but that no gradient reaches.
+    * `outside`: names of parameters that are read without a call of the module that owns them.
+    """
+
+    idle: dict[str, int]
+    outside: list[str]
+
+
+def leave_out_idle(model: EVFModel) -> Probe:
+    """Take `requires_grad` from parameters that no gradient can reach, and return what was found.
 
     The last encoder layer computes one vector, so its text half is idle; so are the IoU head and the mask token.
     A copy of the model without storage finds them: one forward and backward of shapes alone.
@@ -62,12 +74,16 @@ def leave_out_idle(model: EVFModel) -> dict[str, int]:
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in shapes.named_parameters():
         parameter.requires_grad_(name in names)
+    called: set[str] = set()
+    for name, module in shapes.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
     shapes(pixels, small, ids).logits.sum().backward()
+    outside = [name for name, _ in shapes.named_parameters() if name.rpartition(".")[0] not in called]
     reached = {name for name, parameter in shapes.named_parameters() if parameter.grad is not None}
     idle = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in reached}
     for parameter in idle.values():
         parameter.requires_grad_(False)
-    return {name: parameter.numel() for name, parameter in idle.items()}
+    return Probe({name: parameter.numel() for name, parameter in idle.items()}, outside)
 
 
 def part_of(model: EVFModel, name: str) -> str:

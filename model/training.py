@@ -14,10 +14,10 @@ from utils.feature_cache import FeatureCache, digest_of
 from utils.tokenizer import PhraseTokenizer
 
 from .checkpoints.files import Checkpoint
-from .checkpoints.load import find_source, load_model, resolve
+from .checkpoints.load import find_source, load_model, resolve, save_model
 from .checkpoints.rules import OURS, KeyMap, check_keys, named_tensors
 from .evf import EVFModel
-from .freeze import PartReport, choose_trained, leave_out_idle, report
+from .freeze import PartReport, Probe, choose_trained, leave_out_idle, report
 from .losses import mask_losses, point_losses
 from .types import ImageFeatures
 
@@ -79,6 +79,12 @@ class Trainable:
     model: EVFModel
     tokenizer: PhraseTokenizer
     parts: list[PartReport]
+    outside: list[str]
+    """Names, in a `TrainingStep`, of parameters that are read without a call of the module that owns them."""
+
+    def save(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write a folder that `load_model` and inference.py take; `tensors` are as `model_tensors` takes them."""
+        save_model(self.model, folder, self.tokenizer.path, model_tensors(self.model, tensors))
 
 
 def prepare_model(args: ModelArgs) -> Trainable:
@@ -112,17 +118,15 @@ def prepare_model(args: ModelArgs) -> Trainable:
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, but the encoder's table "
             f"{model.encoder.config.vocab_size}. Take the tokenizer that the encoder was trained with"
         )
-    if args.lora_rank:
-        add_lora(model, args.lora_rank, args.lora_alpha)
-        parts = report(model, {})
-    else:
-        parts = report(model, leave_out_idle(model))
+    probe = add_lora(model, args.lora_rank, args.lora_alpha) if args.lora_rank else leave_out_idle(model)
     model.encoder.gradient_checkpointing = args.gradient_checkpointing
-    return Trainable(model, tokenizer, parts)
+    return Trainable(model, tokenizer, report(model, probe.idle), [f"model.{name}" for name in probe.outside])
 
 
-def add_lora(model: EVFModel, rank: int, alpha: float) -> None:
+def add_lora(model: EVFModel, rank: int, alpha: float) -> Probe:
     """Put trainable low-rank updates (arXiv 2106.09685) on the encoder's linear layers, its weights frozen.
+
+    Layers that no gradient reaches get none.
 
     Raises:
         MissingPackageError: peft is not installed.
@@ -133,10 +137,11 @@ def add_lora(model: EVFModel, rank: int, alpha: float) -> None:
         raise MissingPackageError("model.lora_rank needs peft. Run: pip install peft") from None
 
     model.encoder.requires_grad_(True)
-    idle = leave_out_idle(model)
+    probe = leave_out_idle(model)
     linear = [name for name, module in model.encoder.named_modules() if isinstance(module, nn.Linear)]
-    linear = [name for name in linear if f"encoder.{name}.weight" not in idle]
+    linear = [name for name in linear if f"encoder.{name}.weight" not in probe.idle]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear), model.encoder)
+    return probe
 
 
 def model_tensors(model: EVFModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -219,6 +224,19 @@ class BatchInputs:
         rows = [next(computed_rows) if cached is None else cached for cached in batch.features]
         stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         return ImageFeatures.from_tensors(stacked).to(dtype=self.step.model.dtype)
+
+
+def open_cache(step: TrainingStep, folder: str | None, precision: str) -> FeatureCache | None:
+    """Return the feature cache of a model, or None where no folder is given.
+
+    Raises:
+        TrainingError: the image encoder is trained, so that its features change.
+    """
+    if folder is None:
+        return None
+    if not step.has_frozen_images:
+        raise TrainingError("data.feature_cache needs a frozen image encoder: leave model.train_image_encoder out")
+    return FeatureCache(folder, feature_digest(step.model, precision))
 
 
 def feature_digest(model: EVFModel, precision: str) -> str:

@@ -46,8 +46,11 @@ class Ranks:
         """Return this rank's share of the items, every item with exactly one rank."""
         return list(items[self.rank :: self.world])
 
-    def join(self) -> None:
+    def join(self, backend: str = "gloo") -> None:
         """Meet the other ranks before any work; does nothing for a single process.
+
+        Args:
+            backend: of torch.distributed; `cpu:gloo,cuda:nccl` where tensors on GPUs are exchanged.
 
         Raises:
             ModelError: the launcher did not say where to meet, or they did not come.
@@ -60,9 +63,16 @@ class Ranks:
             return
         logger.info("rank %d of %d meets the others", self.rank, self.world)
         try:
-            dist.init_process_group("gloo", timeout=timedelta(days=1))
+            dist.init_process_group(backend, timeout=timedelta(days=1))
         except (KeyError, ValueError, RuntimeError) as error:
             raise ModelError(f"the {self.world} ranks did not meet ({error}). Start them with torchrun") from None
+
+    def leave(self) -> None:
+        """Take leave of the other ranks, before the process ends."""
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     def wait_for_all(self) -> None:
         """Return when every rank has got here. Ranks that finish early wait for up to a day."""

@@ -98,7 +98,13 @@ class Engine(ABC):
 
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
         """Load what `optimizer_state` returned, on any number of ranks; only rank 0 needs to have it. All call it."""
-        set_optimizer_state_dict(self.module, self.optimizer, state.get("optimizer", {}), options=WHOLE_TO_ALL)
+        if state and "optimizer" not in state:
+            raise TrainingError(
+                "this checkpoint's optimizer was written by DeepSpeed. Go on with run.strategy zero2 or zero3 as before, "
+                "or start anew from its weights with model.checkpoint"
+            )
+        options = WHOLE_TO_ALL if dist.is_initialized() else FULL
+        set_optimizer_state_dict(self.module, self.optimizer, state.get("optimizer", {}), options=options)
 
     def save_shards(self, folder: Path) -> None:  # noqa: B027
         """Write what every rank must write by itself; for most engines nothing."""
@@ -231,13 +237,20 @@ class DeepSpeedEngine(Engine):
 
     Args:
         config: DeepSpeed's settings, as in its JSON files; batch sizes, clipping and precision are filled in.
+        outside: names of parameters that are read without a call of the module that owns them: stage 3 gathers weights
+            when their module is called, so these are gathered for the whole forward.
 
     Raises:
         MissingPackageError: deepspeed is not installed. TrainingError: fp16, or settings that disagree.
     """
 
     def __init__(
-        self, module: nn.Module, settings: OptimizerSettings, device: torch.device, config: Mapping[str, Any]
+        self,
+        module: nn.Module,
+        settings: OptimizerSettings,
+        device: torch.device,
+        config: Mapping[str, Any],
+        outside: Sequence[str] = (),
     ) -> None:
         try:
             import deepspeed
@@ -265,6 +278,9 @@ class DeepSpeedEngine(Engine):
             model=module, optimizer=settings.adamw(fused=False), config={**config, **filled}
         )
         self.device = torch.device(self._engine.device)
+        if self._engine.zero_optimization_stage() == 3:
+            for name in outside:
+                deepspeed.zero.register_external_parameter(module, module.get_parameter(name))
 
     def accumulate(self, inputs: Sequence[Any], to_loss: ToLoss, is_last: bool) -> Tensor:
         """Add gradients; see `Engine.accumulate`. DeepSpeed divides a loss by the number of forwards: undone here."""
@@ -314,6 +330,11 @@ class DeepSpeedEngine(Engine):
             TrainingError: it was written by another number of ranks.
         """
         shards = len(list((folder / "zero").glob("*zero_pp_rank_*optim_states.pt")))
+        if not shards:
+            raise TrainingError(
+                f"{folder} was not written by DeepSpeed. Go on with the strategy of before, or start anew from its weights "
+                "with model.checkpoint"
+            )
         if shards != dist.get_world_size():
             raise TrainingError(
                 f"{folder} was written by {shards} ranks, here are {dist.get_world_size()}. DeepSpeed goes on with the "
@@ -344,12 +365,17 @@ def _without_weights(module: nn.Module) -> nn.Module:
 
 
 def build_engine(
-    module: nn.Module, settings: OptimizerSettings, device: torch.device, strategy: Mapping[str, Any]
+    module: nn.Module,
+    settings: OptimizerSettings,
+    device: torch.device,
+    strategy: Mapping[str, Any],
+    outside: Sequence[str] = (),
 ) -> Engine:
     """Return the engine of a strategy: the content of a file of `configs/strategy/`.
 
     Args:
         strategy: `kind` is ddp, fsdp or deepspeed; fsdp has `unit`, deepspeed has `config`.
+        outside: names of parameters that are read without a call of the module that owns them.
 
     Raises:
         TrainingError: an unknown kind or key, or fsdp and deepspeed on a single process without torchrun.
@@ -363,4 +389,6 @@ def build_engine(
         return AccelerateEngine(module, settings, device)
     if not dist.is_initialized():
         raise TrainingError(f"strategy {kind} shares work between processes. Start it with torchrun")
-    return (ShardedEngine if kind == "fsdp" else DeepSpeedEngine)(module, settings, device, **options)
+    if kind == "fsdp":
+        return ShardedEngine(module, settings, device, options["unit"])
+    return DeepSpeedEngine(module, settings, device, options["config"], outside)

@@ -26,6 +26,11 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints, self.best = self.path / "checkpoints", self.path / "best"
 
+    def write_config(self, text: str) -> None:
+        """Write the resolved configuration, `config.yaml`."""
+        with atomic_path(self.path / "config.yaml") as temporary:
+            temporary.write_text(text, "utf-8")
+
     def steps(self) -> list[int]:
         """Return the steps that have a whole checkpoint, in order."""
         if not self.checkpoints.is_dir():

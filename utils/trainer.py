@@ -46,21 +46,6 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class TrainerSettings:
-    """Weights of the two losses, when to do what, and the seed of what is random in a forward."""
-
-    bce: float
-    dice: float
-    steps: int
-    evaluate_every: int
-    save_every: int
-    keep: int
-    log_every: int
-    seed: int
-    uses_scaler: bool = False
-
-
-@dataclass(frozen=True)
 class Hooks:
     """What the trainer calls without knowing it.
 
@@ -85,19 +70,16 @@ class Trainer:
     """Trains, measures and saves; can be killed at any moment and goes on as if nothing had happened.
 
     What is random in a forward depends on the seed, the step and the rank alone, so a checkpoint needs no random state.
+
+    Args:
+        config: a `configs.training.TrainConfig`; its `optim`, `loss`, `val` and `run` are read.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        schedule: Schedule,
-        settings: TrainerSettings,
-        hooks: Hooks,
-        folder: RunFolder,
-        ranks: Ranks,
-    ) -> None:
-        self.engine, self.schedule, self.settings, self.hooks = engine, schedule, settings, hooks
-        self.folder, self.ranks = folder, ranks
+    def __init__(self, engine: Engine, config: Any, hooks: Hooks, folder: RunFolder, ranks: Ranks) -> None:
+        self.engine, self.config, self.hooks, self.folder, self.ranks = engine, config, hooks, folder, ranks
+        optim = config.optim
+        self.schedule = Schedule(optim.schedule, optim.warmup, optim.steps)
+        self._uses_scaler = optim.precision == "fp16"
         self.step, self.best, self._skipped = 0, -1.0, 0
         self._is_stopping = False
 
@@ -119,7 +101,7 @@ class Trainer:
             Stopped: after SIGTERM, when all is saved.
         """
         earlier = signal.signal(signal.SIGTERM, self._stop_soon)
-        log = RunLogger(self.folder.path, self.step, self.settings.steps, self.ranks.is_first)
+        log = RunLogger(self.folder.path, self.step, self.config.optim.steps, self.ranks.is_first)
         if self.engine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.engine.device)
         try:
@@ -133,57 +115,56 @@ class Trainer:
 
     def _run(self, steps: Callable[[int, int], Iterator[list[Any]]], log: RunLogger) -> None:
         meter = _Speed()
+        total, run = self.config.optim.steps, self.config.run
+        speed = _Speed()
         self.engine.module.train()
-        for batches in meter.waiting(steps(self.step, self.settings.steps)):
-            losses, stop = self._step(batches)
+        for batches in speed.waiting(steps(self.step, total)):
+            numbers, phrases, stop = self._step(batches)
             self.step += 1
-            meter.add(losses[2])
-            log.step(losses[0] * self.settings.bce + losses[1] * self.settings.dice)
-            is_last, every = self.step == self.settings.steps, self.settings
-            if self.step % every.log_every == 0 or is_last:
-                log.record(self.step, self._numbers(losses) | meter.numbers(self.engine.device))
-            if self.step % every.evaluate_every == 0 or is_last:
+            speed.add(phrases)
+            log.step(numbers["loss"])
+            is_last = self.step == total
+            if self.step % run.log_every == 0 or is_last:
+                log.record(self.step, numbers | speed.numbers(self.engine.device))
+            if self.step % self.config.val.every == 0 or is_last:
                 self._evaluate(log)
-            elif self.step % every.save_every == 0 or stop:
+            elif self.step % run.save_every == 0 or stop:
                 self._save()
             if stop and not is_last:
                 raise Stopped(f"SIGTERM: saved at step {self.step}; the same command goes on from there")
 
-    def _step(self, batches: Sequence[Any]) -> tuple[list[float], bool]:
-        """Do one optimizer step.
-
-        Returns:
-            mean cross-entropy, mean dice loss, phrases of all ranks, gradient norm, factor; and whether to stop.
-        """
-        settings, world = self.settings, self.ranks.world
-        torch.manual_seed((settings.seed * 1_000_003 + self.step) * 4099 + self.ranks.rank)
+    def _step(self, batches: Sequence[Any]) -> tuple[dict[str, float], float, bool]:
+        """Do one optimizer step; return what to log, the phrases of all ranks, and whether to stop."""
+        weights, world = self.config.loss, self.ranks.world
+        torch.manual_seed((self.config.run.seed * 1_000_003 + self.step) * 4099 + self.ranks.rank)
         batches = [batch.to(self.engine.device) for batch in batches]
         phrases = self._sum([sum(len(batch.phrases) for batch in batches)])[0]
-        weights = torch.tensor([settings.bce, settings.dice], device=self.engine.device)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
+        # Ranks may hold different numbers of phrases, and their gradients are averaged: the sum over all phrases is
+        # divided by their number over all ranks, so that each phrase counts the same.
+        scale = torch.tensor([weights.bce, weights.dice], device=self.engine.device) * (world / phrases)
         per_phrase = []
         for i, batch in enumerate(batches):
             with self.engine.autocast():
                 inputs = self.hooks.inputs(batch)
-            # Ranks may hold different numbers of phrases, and average their gradients: the sum over all phrases is
-            # divided by their number over all ranks, so that each phrase counts the same.
-            losses = self.engine.accumulate(
-                inputs, lambda losses: (losses @ weights).sum() * (world / phrases), i == len(batches) - 1
-            )
-            sums += losses.sum(0)
-            per_phrase.append(losses)
-        *totals, bad, stop = self._sum([*sums.tolist(), float(not sums.isfinite().all()), float(self._is_stopping)])
-        if bad and not settings.uses_scaler:
+            is_last = i == len(batches) - 1
+            per_phrase.append(self.engine.accumulate(inputs, lambda losses: (losses @ scale).sum(), is_last))
+        sums = torch.cat(per_phrase).double().sum(0).tolist()
+        bce, dice, bad, stop = self._sum([*sums, float(not math.isfinite(sum(sums))), float(self._is_stopping)])
+        if bad and not self._uses_scaler:
             self._fail("loss", batches, per_phrase)
         factor = self.schedule.factor(self.step)
         norm = self.engine.update(factor)
-        if math.isfinite(norm):
-            self._skipped = 0
-        else:
-            self._skipped += 1
-            if not settings.uses_scaler or self._skipped > MAX_SKIPPED:
-                self._fail("gradient", batches, per_phrase)
-        return [totals[0] / phrases, totals[1] / phrases, phrases, norm, factor], stop > 0
+        self._skipped = 0 if math.isfinite(norm) else self._skipped + 1
+        if self._skipped > (MAX_SKIPPED if self._uses_scaler else 0):
+            self._fail("gradient", batches, per_phrase)
+        numbers = {
+            "loss": (bce * weights.bce + dice * weights.dice) / phrases,
+            "bce": bce / phrases,
+            "dice": dice / phrases,
+            "grad_norm": norm,
+            "lr": self.config.optim.lr * factor,
+        }
+        return numbers, phrases, stop > 0
 
     def _sum(self, values: list[float]) -> list[float]:
         """Return the values summed over ranks."""
@@ -216,17 +197,6 @@ class Trainer:
             "changed. Lower optim.lr, or use bf16 instead of fp16; then start again with --run.resume auto"
         )
 
-    def _numbers(self, losses: list[float]) -> dict[str, float]:
-        bce, dice, _, norm, factor = losses
-        rates = [group["base_lr"] * factor for group in self.engine.optimizer.param_groups]
-        return {
-            "loss": bce * self.settings.bce + dice * self.settings.dice,
-            "bce": bce,
-            "dice": dice,
-            "grad_norm": norm,
-            "lr": max(rates),
-        }
-
     def _evaluate(self, log: RunLogger) -> None:
         with self.engine.whole_module() as module, torch.no_grad(), self.engine.autocast():
             module.eval()
@@ -255,7 +225,7 @@ class Trainer:
             self.folder.commit(self.step)
             if is_best:
                 self.folder.set_best(self.folder.checkpoint(self.step))
-            self.folder.keep(self.settings.keep)
+            self.folder.keep(self.config.run.keep)
         self._meet()
 
     def _meet(self) -> None:

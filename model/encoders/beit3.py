@@ -96,15 +96,18 @@ class Layer(nn.Module):
         self.final_layer_norm = _norms(config.width)
         self.ffn = Twin(*(FeedForward(config.width, config.mlp_width) for _ in range(2)))
 
-    def forward(self, image: Tensor, text: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[N, V, D], [N, T, D] to the same."""
+    def forward(
+        self, image: Tensor, text: Tensor, padding: Tensor | None, first_only: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """[N, V, D], [N, T, D] to the same; with `first_only` to the first image token [N, 1, D] and None."""
+        if first_only:
+            return self._first_only(image, text, padding), None
         image_out, text_out = self.self_attn(*self.self_attn_layer_norm(image, text), padding)
         image, text = image + image_out, text + text_out
         image_out, text_out = self.ffn(*self.final_layer_norm(image, text))
         return image + image_out, text + text_out
 
-    def first_only(self, image: Tensor, text: Tensor, padding: Tensor | None) -> Tensor:
-        """Return only the first image token, [N, 1, D]."""
+    def _first_only(self, image: Tensor, text: Tensor, padding: Tensor | None) -> Tensor:
         first = image[:, :1] + self.self_attn.first_only(*self.self_attn_layer_norm(image, text), padding)
         return first + self.ffn.A(self.final_layer_norm.A(first))
 
@@ -203,7 +206,8 @@ class BEiT3(nn.Module):
                 image, text = checkpoint(layer, image, text, key_padding, use_reentrant=False)
             else:
                 image, text = layer(image, text, key_padding)
-        return self.norm.A(self.layers[-1].first_only(image, text, key_padding))[:, 0]
+        first, _ = self.layers[-1](image, text, key_padding, first_only=True)
+        return self.norm.A(first)[:, 0]
 
     def forward_all(
         self, pixels: Tensor, ids: Tensor, padding: Tensor | None = None, image_index: Tensor | None = None

@@ -1,0 +1,101 @@
+"""From options to data: the training mixture, and the loaders that measure."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch.utils.data import DataLoader
+
+from configs.training import DataArgs, ValidationArgs
+from utils.distributed import Ranks
+
+from .catalog import expand, open_dataset
+from .collate import Collate
+from .mixture import ErrorsAsValues, Group, Mixture, Shares, ValueOrError, raise_errors, spread, training_steps
+from .reader import PhraseDataset
+from .sample import Batch
+from .transforms import HorizontalFlip
+
+LOWERCASED = frozenset({"refclef", "refcoco", "refcoco+", "refcocog", "grefcoco"})
+"""Families whose phrases the published evaluation lower-cases."""
+
+
+def open_mixture(args: DataArgs, seed: int) -> Mixture:
+    """Open every training set.
+
+    Raises:
+        DataError: one is unknown, incomplete or damaged.
+    """
+    groups = []
+    rates = args.rates or (1.0,) * len(args.sets)
+    for text, rate in zip(args.sets, rates, strict=True):
+        names = [name for part in text.split(",") for name in expand(part.strip())]
+        options = {"skip_missing": args.skip_missing, "max_pixels": args.max_pixels}
+        groups.append(Group(tuple(open_dataset(name, args.root, **options) for name in names), rate))
+    flip = HorizontalFlip(args.flip, args.flip_words) if args.flip else None
+    return Mixture(groups, args.phrases_per_image, args.sampling, seed, flip)
+
+
+def describe(mixture: Mixture) -> str:
+    """Return a table of what is trained on."""
+    rows = [f"{'set':40} {'rate':>6} {'images':>9} {'phrases':>9}"]
+    for group in mixture.groups:
+        for dataset in group.sets:
+            share = group.rate / len(group.sets)
+            rows.append(f"{dataset.name:40} {share:6.3g} {len(dataset):9,} {dataset.count_phrases():9,}")
+    return "\n".join(rows)
+
+
+def training_batches(
+    mixture: Mixture, collate: Collate, args: DataArgs, ranks: Ranks, forwards: int, pin_memory: bool
+) -> Callable[[int, int], Iterator[list[Batch]]]:
+    """Return what the trainer asks for batches: (start, stop) -> the batches of each step of this rank."""
+    shares = Shares(args.batch_size, forwards, ranks.rank, ranks.world)
+
+    def steps(start: int, stop: int) -> Iterator[list[Batch]]:
+        return training_steps(mixture, collate, shares, start, stop, args.workers, pin_memory)
+
+    return steps
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """A data set, and what begins a pass over this rank's batches of it."""
+
+    dataset: PhraseDataset
+    batches: Callable[[], Iterator[Batch]]
+
+
+def open_validation(args: ValidationArgs, data: DataArgs, collate: Collate, ranks: Ranks) -> dict[str, ValidationSet]:
+    """Open the sets that are measured while training, by name.
+
+    Raises:
+        DataError: one is unknown, incomplete or damaged.
+    """
+    sets = {}
+    for text in args.sets:
+        for name in expand(text):
+            lowercase = name.split("|")[0] in LOWERCASED
+            dataset = open_dataset(name, args.root or data.root, lowercase=lowercase, max_pixels=data.max_pixels)
+            indices = spread(dataset, args.max_images)
+            begin = partial(evaluation_batches, dataset, collate, indices, args.batch_size, ranks, data.workers)
+            sets[name] = ValidationSet(dataset, begin)
+    return sets
+
+
+def evaluation_batches(
+    dataset: PhraseDataset, collate: Collate, indices: Sequence[int], batch_size: int, ranks: Ranks, workers: int
+) -> Iterator[Batch]:
+    """Yield this rank's share of the batches of a pass.
+
+    Batches are cut from the order of all images before ranks share them, so a batch is the same on any number of ranks.
+
+    Raises:
+        TextSAMError: what was wrong with a file of a sample.
+    """
+    starts = range(0, len(indices), batch_size)
+    batches = ranks.share([list(indices[start : start + batch_size]) for start in starts])
+    loader = DataLoader(
+        ErrorsAsValues(dataset), batch_sampler=batches, collate_fn=ValueOrError(collate), num_workers=workers
+    )
+    yield from raise_errors(loader)

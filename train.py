@@ -1,0 +1,75 @@
+"""Train EVF-SAM: `torchrun --nproc_per_node 2 train.py configs/experiment/NAME.yaml --data.root DIR`."""
+
+import sys
+
+from configs.cli import parse_with_file
+from configs.loader import read_strategy
+from configs.nested import to_yaml
+from configs.training import TrainConfig, accumulation
+from utils.errors import run_main
+
+SIGTERM_STATUS = 143
+
+
+def main() -> int:
+    """Parse the options, then build and train; the status is 143 where SIGTERM stopped the run."""
+    config = parse_with_file(TrainConfig, "train.py")
+    strategy = read_strategy(config.run.strategy)
+    import torch
+
+    from datasets import loading
+    from datasets.collate import Collate
+    from model import training
+    from model.freeze import report_text
+    from utils.distributed import Ranks
+    from utils.engine import OptimizerSettings, build_engine
+    from utils.precision import choose_device
+    from utils.run_folder import RunFolder, read_state
+    from utils.trainer import Hooks, Stopped, Trainer
+    from utils.validation import Validation
+
+    ranks = Ranks.from_environment()
+    device = choose_device(config.run.device, ranks.local_rank)
+    forwards = accumulation(config.data, config.optim, ranks.world)
+    folder = RunFolder(config.run.out)
+    checkpoint = folder.find(config.run.resume)
+    ranks.join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(config.run.seed)
+    mixture = loading.open_mixture(config.data, config.run.seed)
+    trained = training.prepare_model(config.model)
+    step = training.TrainingStep(trained.model, config.loss)
+    if checkpoint:
+        training.restore(step, checkpoint, read_state(checkpoint)["extra"])
+    cache = training.open_cache(step, config.data.feature_cache, config.optim.precision)
+    collate = Collate(step.spec, trained.model.encoder.image_spec, trained.tokenizer, cache)
+    sets = loading.open_validation(config.val, config.data, collate, ranks)
+    if ranks.is_first:
+        folder.write_config(to_yaml(config))
+        sys.stderr.write(f"{config.model.name}\n{report_text(trained.parts)}\n\n{loading.describe(mixture)}\n\n")
+    if config.dry_run:
+        return 0
+
+    optim, data = config.optim, config.data
+    groups = training.optimizer_groups(step, optim)
+    settings = OptimizerSettings(groups, optim.betas, optim.clip, optim.precision, forwards, data.batch_size)
+    engine = build_engine(step, settings, device, strategy, trained.outside)
+    inputs = training.BatchInputs(step, cache)
+    hooks = Hooks(
+        inputs, trained.save, Validation(sets, cache and inputs.features, folder.path, ranks), training.lora_tensors
+    )
+    trainer = Trainer(engine, config, hooks, folder, ranks)
+    if checkpoint:
+        trainer.resume(checkpoint)
+    batches = loading.training_batches(mixture, collate, data, ranks, forwards, pin_memory=device.type == "cuda")
+    try:
+        trainer.run(batches)
+    except Stopped as stop:
+        sys.stderr.write(f"{stop}\n")
+        return SIGTERM_STATUS
+    finally:
+        ranks.leave()
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
