@@ -100,8 +100,8 @@ class Engine(ABC):
         """Load what `optimizer_state` returned, on any number of ranks; only rank 0 needs to have it. All call it."""
         if state and "optimizer" not in state:
             raise TrainingError(
-                "this checkpoint's optimizer was written by DeepSpeed. Go on with run.strategy zero2 or zero3 as before, "
-                "or start anew from its weights with model.checkpoint"
+                "this checkpoint's optimizer was written by DeepSpeed. Go on with the same run.strategy as before, or "
+                "start anew from its weights with model.checkpoint"
             )
         options = WHOLE_TO_ALL if dist.is_initialized() else FULL
         set_optimizer_state_dict(self.module, self.optimizer, state.get("optimizer", {}), options=options)
