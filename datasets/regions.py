@@ -104,7 +104,7 @@ def _parse_rle(value: Mapping, height: int, width: int, where: str) -> Part:
         image = f"the image has {[height, width]}" if height and width else "needed are two numbers"
         raise DataError(f"{where}: the run-length encoding is for size {size}, {image} ([height, width])")
     if isinstance(counts, str | bytes):
-        data = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
+        data = counts.encode("utf-8", "surrogatepass") if isinstance(counts, str) else counts
         runs = unpack_counts(data, where)
     else:
         runs = _parse_counts(counts, where)

@@ -1,0 +1,87 @@
+"""Mirrored samples: pixels and words turn together."""
+
+import numpy as np
+import pytest
+
+from datasets.phrases import names_side, swap_sides
+from datasets.sample import Sample
+from datasets.transforms import HorizontalFlip
+from utils.errors import DataError
+
+SWAPPED = {
+    "the man on the left": "the man on the right",
+    "Left RIGHT leftmost Rightmost": "Right LEFT rightmost Leftmost",
+    "second from left, right hand up": "second from right, left hand up",
+    "left-hand lefthand lefty lefts": "right-hand righthand righty rights",
+    "topleft bottomright upperleft": "topright bottomleft upperright",
+    "lft guy, rt corner": "rgt guy, lt corner",
+    "left's, (right) left/right": "right's, (left) right/left",
+    "left_paw": "right_paw",
+    "[semantic] left arm": "[semantic] right arm",
+}
+UNCHANGED = ["bright upright copyright leftover righteous", "alright", "the cat", "leftist", "cleft", "art", "", "lift"]
+UNSURE = ["at 3 o'clock", "4 oclock", "2:00 position", "clockwise", "far l", "R most chair", "the east gate", "western"]
+
+
+@pytest.mark.parametrize(("phrase", "expected"), SWAPPED.items())
+def test_words_are_swapped_and_back(phrase, expected):
+    assert swap_sides(phrase) == expected
+    assert swap_sides(expected) == phrase
+    assert names_side(phrase)
+
+
+@pytest.mark.parametrize("phrase", UNCHANGED)
+def test_other_words_stay(phrase):
+    assert swap_sides(phrase) == phrase
+    assert not names_side(phrase)
+
+
+def make_sample(*phrases):
+    generator = np.random.default_rng(0)
+    image = generator.integers(0, 255, (4, 6, 3), dtype=np.uint8)
+    masks = generator.integers(0, 2, (len(phrases), 4, 6), dtype=np.uint8)
+    return Sample(image, phrases, tuple(f"{i}" for i in range(len(phrases))), masks, "set/1.jpg", 5)
+
+
+def test_pixels_masks_words_and_key():
+    sample = make_sample("left cup", "a cup")
+    flipped = HorizontalFlip(1.0)(sample, np.random.default_rng(0))
+    assert flipped.phrases == ("right cup", "a cup")
+    assert np.array_equal(flipped.image, np.fliplr(sample.image))
+    assert np.array_equal(flipped.masks, sample.masks[:, :, ::-1])
+    assert flipped.image.flags.c_contiguous
+    assert flipped.masks.flags.c_contiguous
+    assert (flipped.key, flipped.ids, flipped.index) == ("set/1.jpg#flip", sample.ids, 5)
+
+
+@pytest.mark.parametrize("phrase", UNSURE)
+def test_what_cannot_be_swapped_is_not_mirrored(phrase):
+    sample = make_sample("left cup", phrase)
+    for words in ("swap", "skip"):
+        assert HorizontalFlip(1.0, words)(sample, np.random.default_rng(0)) is sample
+
+
+def test_skip_leaves_images_with_such_words():
+    flip = HorizontalFlip(1.0, "skip")
+    sample = make_sample("left cup", "a cup")
+    assert flip(sample, np.random.default_rng(0)) is sample
+    assert flip(make_sample("a cup"), np.random.default_rng(0)).key.endswith("#flip")
+
+
+def test_probability_and_one_number_per_sample():
+    generator, twin = np.random.default_rng(1), np.random.default_rng(1)
+    flips = [HorizontalFlip(0.3, "skip")(make_sample("a"), generator).key.endswith("#flip") for _ in range(1000)]
+    assert 250 < sum(flips) < 350
+    twin.random(1000)
+    for phrase in ("left", "3 o'clock", "a"):
+        HorizontalFlip(0.5)(make_sample(phrase), generator)
+    twin.random(3)
+    assert generator.random() == twin.random()
+    assert not HorizontalFlip(0.0)(make_sample("a"), generator).key.endswith("#flip")
+
+
+def test_options():
+    with pytest.raises(DataError, match=r"probability 2\.0; allowed: 0 to 1"):
+        HorizontalFlip(2.0)
+    with pytest.raises(DataError, match="words 'drop': known are"):
+        HorizontalFlip(0.5, "drop")
