@@ -332,8 +332,8 @@ class DeepSpeedEngine(Engine):
         shards = len(list((folder / "zero").glob("*zero_pp_rank_*optim_states.pt")))
         if not shards:
             raise TrainingError(
-                f"{folder} was not written by DeepSpeed. Go on with the strategy of before, or start anew from its weights "
-                "with model.checkpoint"
+                f"{folder} was not written by DeepSpeed. Go on with the same run.strategy as before, or start anew "
+                "from its weights with model.checkpoint"
             )
         if shards != dist.get_world_size():
             raise TrainingError(

@@ -114,7 +114,6 @@ class Trainer:
         self._is_stopping = True
 
     def _run(self, steps: Callable[[int, int], Iterator[list[Any]]], log: RunLogger) -> None:
-        meter = _Speed()
         total, run = self.config.optim.steps, self.config.run
         speed = _Speed()
         self.engine.module.train()
