@@ -99,9 +99,10 @@ def _check_ids(path: Path, table: dict[str, np.ndarray], images: dict[int, Any],
 
 def alone(images: np.ndarray, categories: np.ndarray, crowds: np.ndarray) -> np.ndarray:
     """Return bool [n]: which annotations are the only one of their category in their image, and no crowd."""
-    pairs = np.stack([images, categories])
-    _, inverse, counts = np.unique(pairs, axis=1, return_inverse=True, return_counts=True)
-    return (counts[inverse.reshape(-1)] == 1) & (crowds == 0)
+    # One number per pair: sorting pairs themselves would take several times the memory of 10 million annotations.
+    (_, image), (known, category) = (np.unique(values, return_inverse=True) for values in (images, categories))
+    _, inverse, counts = np.unique(image * len(known) + category, return_inverse=True, return_counts=True)
+    return (counts[inverse] == 1) & (crowds == 0)
 
 
 def _records(path: Path, wanted: str, title: str) -> Iterator[Any]:

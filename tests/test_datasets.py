@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,8 @@ from tests.dataset_layouts import (
     write_pascal_part,
     write_refer,
 )
-from utils.errors import DataError
+from tools.check_data import main
+from utils.errors import DataError, run_main
 
 
 def masks_equal(sample, *expected):
@@ -425,3 +427,47 @@ def test_json_file_with_a_byte_order_mark(tmp_path):
     text = json.dumps({"image": "1.png", "phrase": "été", "segmentation": [box(1, 1, 5, 5)]}, ensure_ascii=False)
     (tmp_path / "own.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n")
     assert open_dataset("own.jsonl", tmp_path).phrases(0) == ["été"]
+
+
+@pytest.fixture
+def check_data(monkeypatch, capsys):
+    """Run `tools.check_data` and return exit status, stdout, stderr."""
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["check_data", *map(str, options)])
+        with pytest.raises(SystemExit) as stop:
+            run_main(main)
+        return stop.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_check_data(tmp_path, check_data):
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_grefcoco(root)
+    write_partimagenet(root, extra=([],))
+    status, text, _ = check_data("--root", root, "--out", out)
+    assert status == 0
+    rows = [line.split()[:6] for line in text.splitlines()]
+    assert ["grefcoco|unc|val", "2", "5", "2.50", "2", "0"] in rows
+    assert "testA" not in text  # the file has no such split, and nobody asked for it
+    assert "partimagenet|train: note: 1 of 5 annotations cannot be decoded" in text
+    assert np.array(Image.open(out / "grefcoco_unc_val.png")).shape[1] == 960
+
+    gone, other = sorted((root / REFER["refcoco"]).iterdir())
+    gone.unlink()
+    status, text, _ = check_data("--root", root, "--out", out, "--names", "grefcoco|unc|val", "--all")
+    assert status == 1
+    assert f"grefcoco|unc|val: missing: {gone}" in text
+
+    other.write_bytes(other.read_bytes()[:600])
+    status, text, _ = check_data("--root", root, "--out", out, "--names", "grefcoco|unc|val", "partimagenet|trai")
+    assert status == 2
+    assert f"grefcoco|unc|val: problem: {other}" in text
+    assert "partimagenet|trai: problem: unknown data set 'partimagenet|trai'" in text
+
+    for root in (tmp_path / "absent", out):
+        status, text, error = check_data("--root", root, "--out", out)
+        assert (status, text) == (2, "")
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
