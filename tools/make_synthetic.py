@@ -73,7 +73,6 @@ def main() -> int:
         quality=args.quality,
     )
     recipe.check()
-    args.out.mkdir(parents=True, exist_ok=True)
     sprites, folder = open_sprites(args.sprites)
     summary = generate(args.out, recipe, sprites, folder, args.workers or default_workers(), args.overwrite)
     sheet = args.contact_sheet or args.out / "contact_sheet.png"

@@ -115,7 +115,8 @@ def _registry() -> str:
 def _npm_pack(package: Package, path: Path) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         wanted = f"{package.name}@{package.version}"
-        command = ["npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", folder, wanted]
+        quick = ("--fetch-retries=1", "--fetch-timeout=60000")
+        command = ["npm", "pack", "--silent", "--ignore-scripts", *quick, "--pack-destination", folder, wanted]
         try:
             done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, check=False, cwd=folder)
         except (OSError, subprocess.TimeoutExpired):

@@ -233,7 +233,8 @@ def generate(
         bar.update(sum(part.stop - part.start for part in parts if part.path.is_file()))
         for part in _draw_all(todo, recipe, sprites, sprites_folder, out, workers):
             bar.update(part.stop - part.start)
-    described = asdict(recipe) | {"photos": str(recipe.photos) if recipe.photos else None}
+    plain = asdict(recipe) | {"photos": str(recipe.photos) if recipe.photos else None}
+    described = json.loads(json.dumps(plain))
     head = {
         "fingerprint": fingerprint,
         "recipe": described,
@@ -256,7 +257,7 @@ def _prepare(out: Path, fingerprint: str, overwrite: bool) -> dict | None:
     elif (out / PARTS / "recipe.json").is_file():
         found = json.loads((out / PARTS / "recipe.json").read_text(encoding="utf-8")).get("fingerprint")
     elif theirs:
-        raise DataError(f"{theirs[0]} is not of this tool and would be overwritten. Give another --out")
+        raise DataError(f"{theirs[0]} is not from this tool and would be lost. Give another --out")
     else:
         return None
     if found == fingerprint and not (out / SUMMARY).is_file():

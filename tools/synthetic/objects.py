@@ -51,10 +51,10 @@ LIST = {
     "clothing": """
         t-shirt; scarf / scarves; coat; dress @ dress; kimono @ dress; one-piece swimsuit > swimsuit; handbag @ bag;
         backpack @ bag; purse @ bag; running shoe > sneaker @ shoe; hiking boot > boot @ shoe; high-heeled shoe > high
-        heel @ shoe; crown; top hat @ hat; woman's hat > sun hat @ hat; billed cap > cap @ hat; graduation cap @ hat;
-        military helmet > helmet @ hat; ring; gem stone > diamond; watch @ clock; lipstick""",
+        heel @ shoe; crown; top hat @ hat; woman's hat > straw hat @ hat; billed cap > cap @ hat; graduation cap @ hat;
+        military helmet > helmet @ hat; ring @ hoop; gem stone > diamond; watch @ clock; lipstick""",
     "instrument": """
-        saxophone; trumpet; accordion; guitar; violin; musical keyboard > piano; drum; flute; bell""",
+        saxophone; trumpet; accordion; guitar; violin; musical keyboard > piano; drum; flute; bell @ pepper""",
     "toy": """
         balloon; wrapped gift > gift @ box; trophy; soccer ball; baseball; basketball; american football > football;
         boxing glove; kite; yo-yo; puzzle piece; teddy bear @ bear; game die > dice / dice; joystick; video game >
@@ -69,7 +69,7 @@ LIST = {
         light; stop sign; manual wheelchair > wheelchair @ chair; shopping cart; house; castle; ferris wheel;
         fountain; moai > stone statue; headstone > gravestone; wood > log; rock; cloud; snowflake; star; sun; crescent
         moon > moon; fire > flame; droplet > water drop; globe showing Americas > globe; volcano; satellite; spiral
-        shell > seashell; amphora > vase; pill; feather; oil drum > barrel; ring buoy > life ring""",
+        shell > seashell; amphora > vase; pill; feather; oil drum > barrel; ring buoy > life ring @ hoop""",
 }
 """Group -> `unicode name [> plain name] [/ plural] [@ family]`, `;` between; the unicode name finds the picture."""
 

@@ -18,7 +18,7 @@ HELD_OUT_SHARE = 8
 
 SIDE_YES, SIDE_NO = 0.40, 0.53
 MIDDLE_YES, MIDDLE_NO = 0.13, 0.24
-EXTREME_GAP, ORDER_GAP, ROW_GAP = 0.10, 0.07, 0.10
+EXTREME_GAP, ORDER_GAP, ROW_GAP, EDGE_GAP = 0.10, 0.07, 0.10, 0.02
 SIZE_FACTOR, SEEN_FACTOR, BIG_FACTOR = 1.35, 1.25, 1.55
 BESIDE_GAP, NOT_BESIDE_GAP, NEAREST_GAP = 0.12, 0.28, 0.15
 
@@ -243,11 +243,12 @@ def _gradable(thing: Thing, pool: Sequence[Thing], big: bool) -> Verdict:
     ends = [(min(values), max(values)) for values in ([t.size for t in pool], [t.seen for t in pool])]
     if any(high < BIG_FACTOR * low for low, high in ends):
         return None
-    verdict: Verdict = True
+    verdicts: set[Verdict] = set()
     for value, (low, high) in zip((thing.size, thing.seen), ends, strict=True):
-        ratio = high / value if big else value / low
-        verdict = _and(verdict, True if ratio < 1.12 else False if ratio > SIZE_FACTOR else None)
-    return verdict
+        below, over = (high / value, value / low) if big else (value / low, high / value)
+        # A third size half-way is neither: no only where it is nearer to the other end.
+        verdicts.add(True if below < 1.12 else False if below > max(SIZE_FACTOR, 1.15 * over) else None)
+    return verdicts.pop() if len(verdicts) == 1 else None
 
 
 def _beyond(thing: Thing, anchor: Thing, axis: int, sign: int) -> Verdict:
@@ -259,7 +260,7 @@ def _beyond(thing: Thing, anchor: Thing, axis: int, sign: int) -> Verdict:
         return False
     edge = anchor.box[axis] if sign < 0 else anchor.box[axis + 2]
     middle = (thing.box[axis] + thing.box[axis + 2]) / 2
-    clear = sign * (middle - edge) > 0 and along > 0.12 and across < 0.7 * along
+    clear = sign * (middle - edge) > 0 and along > 0.12 and across < 0.6 * along
     return True if clear else None
 
 
@@ -310,13 +311,20 @@ def _select(selector: str, kept: Sequence[Thing], anchor: Thing | None = None) -
 
 def _ranked(kept: Sequence[Thing], side: str, rank: int, gap: float) -> Thing | None:
     """Return the rank-th from a side, from 1, where nobody could count otherwise up to the one behind it."""
-    sign = 1 if side in ("left", "top") else -1
-    values = sorted((sign * (t.x if side in ("left", "right") else t.y), t.index) for t in kept)
-    if rank > len(values):
+    sign, axis = (1 if side in ("left", "top") else -1), (0 if side in ("left", "right") else 1)
+    order = sorted(kept, key=lambda t: sign * (t.y if axis else t.x))
+    if rank > len(order):
         return None
-    if any(after[0] - before[0] < gap for before, after in pairwise(values[: rank + 1])):
+    for before, after in pairwise(order[: rank + 1]):
+        edges = [sign * (after.box[i] - before.box[i]) for i in (axis, axis + 2)]
+        step = sign * (after.y - before.y if axis else after.x - before.x)
+        if step < gap or min(edges) < EDGE_GAP:
+            return None
+    # Behind the one in question the order is free, but none may stick out beyond it.
+    last = order[rank - 1]
+    if any(min(sign * (t.box[i] - last.box[i]) for i in (axis, axis + 2)) < EDGE_GAP for t in order[rank:]):
         return None
-    return next(t for t in kept if t.index == values[rank - 1][1])
+    return last
 
 
 def _superlative(kept: Sequence[Thing], biggest: bool) -> Thing | None:
