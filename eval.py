@@ -41,8 +41,7 @@ def main() -> int:
     ]
     predictor = image_runner.load(args.for_loading(), ranks)
     model = predictor.model
-    settings = {"checkpoint": args.version, "model": model.config.name, "weights": str(model.dtype).split(".")[-1]}
-    report = Report(args.out, settings, several=len(datasets) > 1)
+    report = Report(args.out, args.settings(model.config.name, model.dtype), several=len(datasets) > 1)
     collate = Collate(predictor.image_spec.for_evaluation(), model.encoder.image_spec, predictor.tokenizer)
     for dataset in datasets:
         empty_pixels = find_empty_pixels(dataset.name, args.empty_pixels)
@@ -55,7 +54,7 @@ def main() -> int:
                 batches,
                 model.device,
                 on_batch=worst.add if args.out else None,
-                progress=lambda count, bar=bar: bar.update(count * ranks.world),
+                progress=lambda count, bar=bar: bar.update(min(count * ranks.world, bar.total - bar.n)),
             )
         results = gather_results(done, ranks)
         cases = WorstCases.join(gather(worst.cases, ranks))
@@ -64,7 +63,6 @@ def main() -> int:
             sys.stdout.flush()
     if ranks.is_first:
         sys.stdout.write(report.finish())
-    ranks.wait_for_all()
     ranks.leave()
     return 0
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import FlagCreatePairsOff
 
@@ -75,6 +75,8 @@ class EvalArgs:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise TrainingError(f"--{name} {value}: needed is at least 1")
+        if self.load_in_8bit and self.load_in_4bit:
+            raise TrainingError("--load_in_8bit and --load_in_4bit exclude each other. Give one")
         if self.workers < 0:
             raise TrainingError(f"--workers {self.workers}: needed is 0 or more")
         if not self.val_dataset:
@@ -88,6 +90,17 @@ class EvalArgs:
         for path in (Path(self.out), *Path(self.out).parents) if self.out else ():
             if path.exists() and not path.is_dir():
                 raise TrainingError(f"--out {self.out}: {path} is a file. Give a folder")
+
+    def settings(self, model: str, dtype: object) -> dict[str, Any]:
+        """Return what the numbers depend on, for metrics.json: not on how many processes or workers there were."""
+        return {
+            "checkpoint": self.version,
+            "model": model,
+            "weights": str(dtype).removeprefix("torch."),
+            "encoder_bits": 8 if self.load_in_8bit else 4 if self.load_in_4bit else None,
+            "metric": "published" if self.reference_metric else "exact",
+            "batch_size": self.batch_size,
+        }
 
     def for_loading(self) -> InferenceArgs:
         """Return what loading a model reads, as inference.py has it."""

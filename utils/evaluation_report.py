@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from .errors import TrainingError
@@ -98,8 +98,7 @@ def draw_sheet(cases: Sequence[Case], dataset: Any) -> np.ndarray:
         image = np.where(ignored[..., None], sample.image // 3, sample.image)
         for at, mask in ((left, truth), (left + width + 8, decode_rle(case.mask))):
             picture = Image.fromarray(overlay(image, mask[None]))
-            picture.thumbnail((width, height))
-            sheet.paste(picture, (at, top))
+            sheet.paste(ImageOps.contain(picture, (width, height)), (at, top))
         words = f"{case.result.phrase}   [{case.result.key}]"
         draw.text((left, top + height + 2), f"IoU {case.result.iou:.3f}   truth | prediction", fill="black", font=font)
         draw.text((left, top + height + 2 + line), _fit(words, font, 2 * width), fill="black", font=font)
