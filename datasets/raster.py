@@ -85,7 +85,7 @@ def _draw_picture(
         return
     mask[picture == int(value)] = 1
     if int(ignored) >= 0:
-        mask[(picture == int(ignored)) & (mask == 0)] = IGNORE
+        mask[picture == int(ignored)] = IGNORE
 
 
 def read_labels(path: Path, name: str) -> np.ndarray:

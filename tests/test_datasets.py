@@ -277,12 +277,16 @@ def test_own_image_turned_by_its_camera(tmp_path):
 
 def test_repeated_phrases_are_noted(tmp_path):
     record = {"image": "images/1.png", "phrase": "car", "segmentation": [box(1, 1, 5, 5)]}
-    assert "'car' on images/1.png" in own_lines(tmp_path, record, record).notes[0]
+    dataset = own_lines(tmp_path, record, record, {**record, "phrase": "bus"}, record)
+    assert "'car' on images/1.png" in dataset.notes[0]
+    assert dataset.phrases(0) == ["car", "car", "bus", "car"]
 
 
 def test_coordinates_outside_are_clipped(tmp_path):
     record = {"image": "images/1.png", "phrase": "x", "segmentation": [box(50, 30, 40, 40)]}
-    assert masks_equal(own_lines(tmp_path, record)[0], box_mask((50, 30, 10, 10)))
+    one_outside = {**record, "segmentation": [box(5, 5, 5, 5), box(70, 5, 5, 5)]}
+    dataset = own_lines(tmp_path, record, one_outside)
+    assert masks_equal(dataset[0], box_mask((50, 30, 10, 10)), box_mask((5, 5, 5, 5)))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -317,6 +321,9 @@ def test_a_changed_label_picture_is_scanned_again(tmp_path, scans):
     write_labels(path, quarter_labels(1, 2, 3, 4))
     os.utime(path, ns=(1, 1))
     assert len(open_dataset("ade20k|training", tmp_path).phrases(1)) == 4
+    os.utime(path, ns=(2, 2))
+    open_dataset("ade20k|training", tmp_path)
+    assert len(scans) == 3
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b"x" + b[1:], lambda b: b[:100]])

@@ -126,30 +126,33 @@ def test_damaged_pickles(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("data", "expected"),
     [
-        b"\x80\x02]r\xff\xff\xff\x0f.",  # a memo of 2^28 places
-        b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b".",  # a bytearray of a terabyte
-        b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b".",  # bytes of a terabyte
-        b"\x80\x04\x95" + struct.pack("<Q", 1 << 40) + b".",  # a frame of a terabyte
-        b"\x80\x02c__builtin__\nbytes\nI1000000000000\n\x85R.",  # bytes(10**12)
+        (b"\x80\x02]r\xff\xff\xff\x0f.", "[]"),  # a memo of 2^28 places
+        (b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b".", "KeyError: instruction 150"),  # a bytearray of a terabyte
+        (b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b".", "truncated"),  # bytes of a terabyte
+        (b"\x80\x04\x95" + struct.pack("<Q", 1 << 40) + b".", "truncated"),  # a frame of a terabyte
+        (b"\x80\x02c__builtin__\nbytes\nI1000000000000\n\x85R.", "asks for bytes with an argument"),
     ],
 )
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux")
-def test_a_pickle_does_not_fill_the_memory(tmp_path, data):
+def test_a_pickle_does_not_fill_the_memory(tmp_path, data, expected):
+    """The limit turns an attempt into a MemoryError, whose message is another one."""
     (tmp_path / "x.p").write_bytes(data)
     code = (
         "import resource, sys; from pathlib import Path; from utils.unpickle import load_plain_pickle\n"
         "from utils.errors import DataError\n"
         "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
         "try: print(load_plain_pickle(Path(sys.argv[1])))\n"
-        "except DataError: pass\n"
+        "except DataError as error: print(error)\n"
         "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
         "assert int(peak.split()[1]) < 100_000, peak"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "x.p")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
+    assert expected in done.stdout
+    assert "MemoryError" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -190,6 +193,15 @@ def append_copy(of, key, **changes):
     return change
 
 
+def pack(*runs):
+    """Return compressed counts of any integers, up to three of them."""
+    text = ""
+    for run in runs:
+        for i in range(6):
+            text += chr(48 + ((run >> 5 * i) & 31 | (32 if i < 5 else 0)))
+    return text
+
+
 WHERE = r"instances\.json, annotation 2: "
 SMALL = rle(box_mask((1, 1, 2, 2), height=10, width=10))
 TEXT = rle(box_mask((1, 1, 20, 20)))["counts"]
@@ -214,6 +226,7 @@ TEXT = rle(box_mask((1, 1, 20, 20)))["counts"]
         (set_segmentation([{"size": [40, 60], "counts": [5, 10]}]), WHERE + "the runs .* add up to 15, .* 2400 pixels"),
         (set_segmentation([{"size": [40, 60], "counts": [2401, -1]}]), WHERE + "the counts .* neither text nor a list"),
         (set_segmentation([{"size": [40, 60], "counts": TEXT[:-2]}]), WHERE + "the (runs|counts) of the"),
+        (set_segmentation([{"size": [40, 60], "counts": pack(2410, -10)}]), WHERE + "the runs .* add up"),
         (set_segmentation([{"size": [40, 60], "counts": "é"}]), WHERE + "the counts .* are damaged or cut off"),
         (set_segmentation([{"size": [40, 60], "counts": ""}]), WHERE + "the counts .* are damaged or cut off"),
         (set_segmentation([{"size": [40, 60], "counts": "o" * 20 + "0"}]), WHERE + ".* a run over 2"),
