@@ -95,10 +95,10 @@ RELATIONS = (
     ("right", r"to the right of|on the right side of|on the right of|at the right of|right of"),
     ("above", r"up above|above|over|higher than"),
     ("below", r"below|under|beneath|lower than|underneath"),
-    ("beside", r"next to|right beside|beside|by"),
-    ("nearest", r"closest to|nearest to|nearest|most close to"),
+    ("beside", r"next to|side by side with|beside|by"),
+    ("nearest", r"closest to|nearest to|nearest|close to"),
 )
-NOT_A_THING = r"(?! (?:the )?(?:picture|image|row|top(?! hat)|bottom|two|three|four|five)\b)"
+NOT_A_THING = r"(?! (?:to )?(?:the )?(?:picture|image|row|top(?! hat)|bottom|two|three|four|five)\b)"
 RANKS = {"first": 1, "1st": 1, "second": 2, "2nd": 2, "third": 3, "3rd": 3, "fourth": 4, "4th": 4}
 EXTREMES = (
     ("left", r"left ?most|(?:far|farthest|furthest)(?: to the)? left"),
@@ -107,7 +107,7 @@ EXTREMES = (
     ("bottom", r"bottom ?most|lowest|very bottom|(?:closest|nearest) to the bottom"),
 )
 PLACE_WORDS = {
-    "left": r"\bleft", "right": r"\bright", "top": r"\b(?:top|upper|topside)\b", "bottom": r"\b(?:bottom|lower)\b",
+    "left": r"\bleft", "right": r"\bright", "top": r"\b(?:top|upper)\b", "bottom": r"\b(?:bottom|lower)\b",
     "middle": r"\b(?:middle|center|central)\b",
 }  # fmt: skip
 
@@ -261,6 +261,8 @@ def test_reader_is_not_blind(made, sprites):
 def test_held_out_paraphrases_and_strange_backgrounds(sprites, tmp_path, made):
     recipe = replace(RECIPE, scenes=(40, 1, 1, 1), paraphrases="held_out", backgrounds=STRANGE)
     generate(tmp_path, recipe, sprites)
+    check_phrases(tmp_path, sprites.kinds)
+    check_phrases(tmp_path, sprites.kinds, np.random.default_rng(0))
     strange, usual = read_records(tmp_path), read_records(made[0])
     assert {record["background"] for record in strange} <= set(STRANGE)
     assert not {record["background"] for record in usual} & set(STRANGE)

@@ -32,7 +32,7 @@ _UPPER = {"top": "upper", "bottom": "lower"}
 def _place_before() -> dict[str, tuple[str, ...]]:
     bank = {side: (side, side, f"{side} side") for side in ("left", "right")}
     bank = {side: (*words, f"*{side}-hand") for side, words in bank.items()}
-    bank |= {"top": ("top", "upper", "*topside"), "bottom": ("bottom", "lower", "*bottom side")}
+    bank |= {"top": ("top", "upper", "*top side"), "bottom": ("bottom", "lower", "*bottom side")}
     for name, corner in CORNERS.items():
         up, side = corner.split()
         bank[name] = (corner, corner, f"{_UPPER[up]} {side}", f"{side} {up}", f"*{corner} corner")
@@ -73,8 +73,8 @@ PLACE_AFTER: Bank = _place_after()
 SIZE: Bank = {"big": ("big", "large", "*bigger"), "small": ("small", "little", "tiny", "*smaller")}
 
 SUPERLATIVE: Bank = {
-    "biggest": ("biggest", "largest", "biggest", "*most large"),
-    "smallest": ("smallest", "smallest", "tiniest", "littlest", "*most tiny"),
+    "biggest": ("biggest", "largest", "biggest", "*very biggest"),
+    "smallest": ("smallest", "smallest", "tiniest", "littlest", "*very smallest"),
 }
 COMPARATIVE: Bank = {"biggest": ("bigger", "larger"), "smallest": ("smaller", "littler")}
 """Where there are only two of them."""
@@ -104,8 +104,8 @@ RELATION: Bank = {
                  "*at the right of"),
     "above": ("above", "above", "over", "higher than", "*up above"),
     "below": ("below", "below", "under", "beneath", "lower than", "*underneath"),
-    "next_to": ("next to", "next to", "beside", "by", "*right beside"),
-    NEAREST: ("closest to", "nearest to", "nearest", "*most close to"),
+    "next_to": ("next to", "next to", "beside", "by", "*side by side with"),
+    NEAREST: ("closest to", "nearest to", "nearest", "*close to"),
 }  # fmt: skip
 
 RANK: Mapping[int, tuple[str, ...]] = {
