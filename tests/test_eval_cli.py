@@ -276,6 +276,19 @@ class TestNumbers:
         assert metrics["datasets"][name]["no_target"] == 1
         assert "N-acc: " in text
 
+    def test_large_images_are_resized_as_the_published_evaluation_does(self, run, checkpoint, tmp_path):
+        side = load_predictor(checkpoint, "cpu").image_spec.size
+        layouts.write_image(tmp_path / "a.png", 3, 2 * side, 2 * side + 100)
+        record = {"image": "a.png", "phrase": "a cat", "segmentation": [layouts.box(50, 50, side, side)]}
+        name = layouts.write_lines(tmp_path, record)
+        run("--val_dataset", name, dataset_dir=tmp_path, out=tmp_path / "out")
+        slow = slow_rows(checkpoint, tmp_path, name, lowercase=False)
+        assert_equal_rows(read(tmp_path / "out")[1], slow, tolerance=20)
+        predictor = load_predictor(checkpoint, "cpu", preprocessing="inference")
+        predictor.set_image(tmp_path / "a.png")
+        area = int(predictor.predict("a cat").masks.sum())
+        assert abs(area - read(tmp_path / "out")[1][0]["predicted"]) > 1000, "the two ways of resizing hardly differ"
+
 
 class TestOutput:
     def test_the_sheet_shows_the_worst(self, run, tmp_path, monkeypatch):
@@ -296,6 +309,12 @@ class TestOutput:
         sheet = np.array(Image.open(tmp_path / "worst.png"))
         assert sheet.shape[1] > 1000
         assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 100
+
+    def test_a_phrase_that_was_left_out_is_an_error(self, run, monkeypatch, tmp_path):
+        monkeypatch.setattr(evaluator, "evaluate", lambda *given, **named: evaluate(*given, **named)[:-1])
+        with pytest.raises(TrainingError, match="8 of 9 phrases were measured"):
+            run(out=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
     def test_a_quick_look_says_so(self, run, tmp_path):
         text = run("--max_images", 2, out=tmp_path)
