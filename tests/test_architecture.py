@@ -129,8 +129,8 @@ def test_requirements_are_used():
     required = {re.split(r"[<>=]", line)[0] for line in lines if line and not line.startswith("#")}
     required = {names.get(name, name) for name in required}
     used = {name.split(".")[0] for path in SOURCES for name, _ in imports(path) if not name.startswith(".")}
-    through_timm = {"torchvision"}  # timm imports it; listed because it must be the twin of torch
-    assert required - used - through_timm == set()
+    through_others = {"torchvision", "tensorboard"}  # timm imports the one (listed: torch's twin), torch the other
+    assert required - used - through_others == set()
     extra = {"psutil", "segment_anything", "sam2", "pytest"}  # benchmarks only
     assert used - required - OURS - OPTIONAL - extra - set(sys.stdlib_module_names) == set()
 

@@ -321,7 +321,7 @@ class DeepSpeedEngine(Engine):
 
     def save_shards(self, folder: Path) -> None:
         """Write DeepSpeed's checkpoint."""
-        self._engine.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=True, save_latest=False)
+        self._engine.save_checkpoint(str(folder), tag="zero", save_latest=False)
 
     def load_shards(self, folder: Path) -> None:
         """Read DeepSpeed's checkpoint.
@@ -340,7 +340,7 @@ class DeepSpeedEngine(Engine):
                 f"{folder} was written by {shards} ranks, here are {dist.get_world_size()}. DeepSpeed goes on with the "
                 "same number only: use it, or ddp or fsdp, or start anew from these weights with model.checkpoint"
             )
-        self._engine.load_checkpoint(str(folder), tag="zero", load_module_strict=False)
+        self._engine.load_checkpoint(str(folder), tag="zero")
 
 
 def _clip(optimizer: torch.optim.Optimizer, clip: float) -> float:

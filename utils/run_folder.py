@@ -87,6 +87,10 @@ class RunFolder:
         for path in self.checkpoints.glob(".*.partial"):
             shutil.rmtree(path)
 
+    def recover(self) -> None:
+        """Put `best` back where a killed run left it aside."""
+        _recover(self.best)
+
     def set_best(self, checkpoint: Path) -> None:
         """Make a checkpoint's model the best one, without what only training needs."""
         with _whole_folder(self.best) as folder:
@@ -116,6 +120,15 @@ def read_state(folder: Path) -> dict[str, Any]:
         ) from None
 
 
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _recover(target: Path) -> None:
+    if _aside(target).is_dir() and not target.exists():
+        _aside(target).rename(target)
+
+
 @contextmanager
 def _whole_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces `target` in the end.
@@ -123,9 +136,8 @@ def _whole_folder(target: Path) -> Iterator[Path]:
     Between two renames `target` is away for a moment; its old content then lies beside it, and is put back here.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
-    if old.is_dir() and not target.exists():
-        old.rename(target)
+    partial, old = target.with_name(f".{target.name}.partial"), _aside(target)
+    _recover(target)
     for left in (partial, old):
         shutil.rmtree(left, ignore_errors=True)
     partial.mkdir()

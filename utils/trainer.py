@@ -101,6 +101,8 @@ class Trainer:
             Stopped: after SIGTERM, when all is saved.
         """
         earlier = signal.signal(signal.SIGTERM, self._stop_soon)
+        if self.ranks.is_first:
+            self.folder.recover()
         log = RunLogger(self.folder.path, self.step, self.config.optim.steps, self.ranks.is_first)
         if self.engine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.engine.device)
