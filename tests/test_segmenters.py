@@ -7,6 +7,7 @@ import torch
 
 from model.checkpoints.load import build_model
 from model.registry import model_config
+from model.segmenters import base
 from model.segmenters.efficient_sam import EfficientSAMSegmenter
 from model.segmenters.sam import SAMSegmenter
 from model.segmenters.sam2 import SAM2Segmenter
@@ -129,6 +130,36 @@ def test_fast_attention_equals_the_library(kind, name, pixels):
     assert gradients[0].keys() == gradients[1].keys()
     for name in gradients[0]:
         assert torch.allclose(gradients[0][name], gradients[1][name], atol=1e-5, rtol=1e-3), name
+
+
+@pytest.mark.parametrize("family", ["sam", "sam2"])
+@pytest.mark.parametrize("part_bytes", [1, 100_000])
+def test_parts_equal_the_whole(family, part_bytes, pixels, monkeypatch):
+    """A CPU encodes an image a few rows of windows at a time; with gradients, it does so at once."""
+    torch.manual_seed(0)
+    model = spread(nano_model(family).segmenter)
+    monkeypatch.setattr(base, "PART_BYTES", part_bytes)
+    whole = model.encode_image(pixels).tensors()
+    with torch.no_grad():
+        parts = model.encode_image(pixels).tensors()
+    assert whole["embedding"].requires_grad
+    for key, tensor in whole.items():
+        assert torch.allclose(tensor, parts[key], atol=1e-5), key
+
+
+@torch.no_grad()
+def test_in_parts_cuts_between_windows(monkeypatch):
+    seen = []
+
+    def double(part):
+        seen.append(part.shape[1])
+        return 2 * part
+
+    tokens = torch.randn(2, 10, 3, 4)
+    whole = base.in_parts(double, tokens, 4)
+    monkeypatch.setattr(base, "PART_BYTES", 1)
+    assert torch.equal(base.in_parts(double, tokens, 4), whole)
+    assert seen == [10, 4, 4, 2]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -26,7 +26,8 @@ from tools.synthetic.generate import Recipe, Studio, generate
 from tools.synthetic.layout import ANNOTATIONS, GREFCOCO, IMAGES, REFCOCO, SCENES, SUMMARY
 from tools.synthetic.objects import GROUPS, Kind, list_kinds, pluralize
 from tools.synthetic.phrases import vocabulary
-from tools.synthetic.scene import CLEAR, draw_scene
+from tools.synthetic.referring import Filter, Meaning, View
+from tools.synthetic.scene import Placed, draw_scene
 from tools.synthetic.sheet import write_sheet
 from tools.synthetic.sprites import CANVAS, LEVELS, SpriteSet
 from utils.errors import DataError
@@ -404,11 +405,23 @@ def test_most_scenes_have_things_of_one_kind_and_none_of_one_family(made, sprite
     assert several > 0.6 * len(records)
 
 
-def test_hidden_things_are_not_referred_to(made):
-    for record in read_records(made[0]):
-        doubtful = {t["kind"] for t in record["things"] if t["area"] < CLEAR * t["full_area"]}
-        for phrase in record["phrases"]:
-            assert not {record["things"][number]["kind"] for number in phrase["targets"]} & doubtful
+def test_hidden_things_are_not_referred_to(sprites):
+    """Neither they nor what they could be mistaken for: not as a target, an anchor or a phrase without target."""
+    kinds = {kind.name: kind for kind in sprites.kinds}
+
+    def place(name, box, full_area):
+        return Placed(kinds[name], box, 400, full_area, 0.0, 30.0, False)
+
+    dog = place("dog", (150, 80, 170, 100), 400)
+    for full_area, clear in ((400, True), (1200, False)):
+        cat = place("cat", (20, 80, 40, 100), full_area)
+        view = View.of([cat, dog], 200, 200)
+        found = view.resolve(Meaning("cat"))
+        assert (found is not None and [thing.index for thing in found] == [0]) == clear
+        anchored = view.resolve(Meaning("dog", (Filter("right_of", Meaning("cat")),)))
+        assert (anchored is not None) == clear
+        assert (view.resolve(Meaning("thing", (Filter("left"),))) is not None) == clear
+        assert view.resolve(Meaning("dog")) is not None
 
 
 @pytest.mark.parametrize("name", [*BACKGROUNDS, "photo"])

@@ -1,7 +1,7 @@
 """The contract of every segmenter, and what the families share."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import torch
@@ -22,6 +22,9 @@ SAM_PARTS = MappingProxyType(
     }
 )
 """The parts of the families whose modules are named as SAM's."""
+
+PART_BYTES = 8 << 20
+"""How much scratch memory per thread an image encoder should touch at a time on a CPU; see `in_parts`."""
 
 
 class Segmenter(nn.Module):
@@ -138,6 +141,34 @@ class Segmenter(nn.Module):
 
     def restore_buffers(self) -> None:
         """Compute the buffers that no checkpoint stores, after a build on the meta device."""
+
+
+def count_parts(scratch: int, tokens: Tensor) -> int:
+    """Return into how many parts to cut work that would need `scratch` bytes at once.
+
+    One on a GPU, whose kernels want much work, and where gradients are kept, which holds on to the scratch anyway.
+    """
+    if tokens.device.type != "cpu" or torch.is_grad_enabled():
+        return 1
+    return max(1, math.ceil(scratch / (PART_BYTES * torch.get_num_threads())))
+
+
+def in_parts(function: Callable[[Tensor], Tensor], tokens: Tensor, step: int = 1) -> Tensor:
+    """Apply to an image what works on each row, or each row of windows, alone: on a CPU a few rows at a time.
+
+    The result is the same, but what a transformer block needs in between stays in the processor's cache, and in memory
+    that the allocator can use again: fresh pages for it cost more than the sums they hold.
+
+    Args:
+        tokens: [B, H, W, C].
+        step: rows that belong together, the side of a window.
+    """
+    hidden = 4 * tokens.nbytes  # the MLP's inner width is four times the outer
+    steps = math.ceil(tokens.shape[1] / step)
+    rows = step * math.ceil(steps / min(steps, count_parts(hidden, tokens)))
+    if rows >= tokens.shape[1]:
+        return function(tokens)
+    return torch.cat([function(part) for part in tokens.split(rows, dim=1)], dim=1)
 
 
 def grid_positions(matrix: Tensor, embedding: Tensor) -> Tensor:

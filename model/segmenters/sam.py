@@ -1,5 +1,7 @@
 """SAM ViT-B, L and H on the transformers modules (arXiv 2304.02643, facebookresearch/segment-anything)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from configs.schema import SAMConfig
 from utils.image import ImageSpec
 
 from ..types import ImageFeatures, MaskPrediction, Prompts
-from .base import SAM_PARTS, Segmenter, decode_masks, first_mask, grid_positions, pick_images
+from .base import SAM_PARTS, Segmenter, count_parts, decode_masks, first_mask, grid_positions, in_parts, pick_images
 
 
 class SAMSegmenter(Segmenter):
@@ -43,7 +45,7 @@ class SAMSegmenter(Segmenter):
         encoder = self.image_encoder
         tokens = encoder.patch_embed(pixels) + encoder.pos_embed
         for layer in encoder.layers:
-            tokens = layer(tokens)
+            tokens = in_parts(layer, tokens, layer.window_size) if layer.window_size else _global_layer(layer, tokens)
         # The neck overflows in fp16: its second convolution sums 2304 products.
         if tokens.dtype == torch.float16:
             return ImageFeatures(_neck_in_float32(encoder.neck, tokens).half())
@@ -82,7 +84,8 @@ class RelativeAttention(nn.Module):
     """Attention with decomposed relative positions on the weights of one library block.
 
     The library's einsum leaves the two bias terms in permuted strides, so that their sum (0.8 GB in a global block of
-    ViT-B) is written twice. Here both terms come out contiguous, and the sum is written once, where SDPA reads it.
+    ViT-B) is written twice. Here both terms come out contiguous, and the sum is made where SDPA reads it: on a CPU
+    for a few heads and rows at a time.
     """
 
     def __init__(self, library: nn.Module) -> None:
@@ -104,27 +107,46 @@ class RelativeAttention(nn.Module):
         query, key, value = (
             self.qkv(hidden_states).view(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         )
-        bias = self.relative_bias(query.reshape(batch * self.heads, height, width, -1))
-        bias = bias.view(batch, self.heads, height * width, height * width)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return self.proj(attended.transpose(1, 2).reshape(batch, height, width, -1)), None
+        along_h, along_w = self.relative_terms(query.reshape(batch, self.heads, height, width, -1))
+        parts = count_parts(self.heads * height * width * height * width * query[:, 0, :1, 0].nbytes, query)
+        heads = math.ceil(self.heads / min(parts, self.heads))
+        rows = math.ceil(height / min(math.ceil(parts * heads / self.heads), height))
+        attended = query.new_empty(batch, height, width, self.heads, query.shape[-1])
+        for g in range(0, self.heads, heads):
+            for y in range(0, height, rows):
+                group, lines = slice(g, g + heads), slice(y, y + rows)
+                bias = along_h[:, group, lines, :, :, None] + along_w[:, group, lines, :, None, :]
+                part = F.scaled_dot_product_attention(
+                    query[:, group, y * width : (y + rows) * width],
+                    key[:, group],
+                    value[:, group],
+                    attn_mask=bias.flatten(4).flatten(2, 3),
+                )
+                attended[:, lines, :, group] = part.transpose(1, 2).unflatten(1, (-1, width))
+        return self.proj(attended.flatten(3)), None
 
-    def relative_bias(self, query: Tensor) -> Tensor:
-        """Return the position term of the logits, from the unscaled queries.
+    def relative_terms(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the rows and the columns of the keys add to the logits, from the unscaled queries.
 
         Args:
-            query: [G, H, W, c].
+            query: [B, G, H, W, c].
 
         Returns:
-            [G, H, W, H, W].
+            [B, G, H, W, H] and [B, G, H, W, W], contiguous.
         """
-        _, height, width, _ = query.shape
+        height, width = query.shape[2:4]
         table_h, table_w = (
             table[_distances(side, table.device)] for side, table in ((height, self.rel_pos_h), (width, self.rel_pos_w))
         )
-        along_h = query @ table_h.transpose(1, 2)  # [G, H, W, c] @ [H, c, H]: each row has its own table
-        along_w = (query.transpose(1, 2) @ table_w.transpose(1, 2)).transpose(1, 2).contiguous()
-        return along_h[..., :, None] + along_w[..., None, :]
+        along_h = query @ table_h.transpose(1, 2)  # [B, G, H, W, c] @ [H, c, H]: each row has its own table
+        along_w = (query.transpose(2, 3) @ table_w.transpose(1, 2)).transpose(2, 3).contiguous()
+        return along_h, along_w
+
+
+def _global_layer(layer: nn.Module, tokens: Tensor) -> Tensor:
+    """Run a library layer without windows; its MLP in parts."""
+    tokens = tokens + layer.attn(layer.layer_norm1(tokens))[0]
+    return tokens + in_parts(lambda part: layer.mlp(layer.layer_norm2(part)), tokens)
 
 
 def _distances(side: int, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from configs.schema import SAM2Config
 from utils.image import ImageSpec
 
 from ..types import ImageFeatures, MaskPrediction, Prompts
-from .base import Segmenter, best_of_three, decode_masks, first_mask, grid_positions, pick_images
+from .base import Segmenter, best_of_three, decode_masks, first_mask, grid_positions, in_parts, pick_images
 
 VIDEO_PARTS = (
     "memory_attention",
@@ -74,7 +74,7 @@ class SAM2Segmenter(Segmenter):
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """Return the embedding [B, 256, S/16, S/16] and two finer levels; see `Segmenter.encode_image`."""
-        levels = self.backbone(pixels).intermediate_hidden_states
+        levels = self._hiera(pixels)
         # The library's neck also computes a sine position table per level, which only the video memory reads.
         fine_conv, middle_conv, *convs = reversed(self.sam2.vision_encoder.neck.convs)
         fine, middle, *coarse_levels = (level.permute(0, 3, 1, 2) for level in levels)
@@ -84,6 +84,17 @@ class SAM2Segmenter(Segmenter):
         decoder = self.sam2.mask_decoder
         high_res = (_two_convs(fine_conv, decoder.conv_s0, fine), _two_convs(middle_conv, decoder.conv_s1, middle))
         return ImageFeatures(embedding, high_res)
+
+    def _hiera(self, pixels: Tensor) -> list[Tensor]:
+        """Return the output of each stage, [B, H, W, C] from the finest to the coarsest."""
+        backbone, levels = self.backbone, []
+        tokens = backbone.patch_embed(pixels)
+        tokens = tokens + backbone._get_pos_embed(tokens.shape[1:3])
+        for i, block in enumerate(backbone.blocks):
+            tokens = _run_block(block, tokens)
+            if i in backbone.stage_ends:
+                levels.append(tokens)
+        return levels
 
     def _encode_prompts(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
         sparse, dense = self.sam2.prompt_encoder(
@@ -145,6 +156,17 @@ def _two_convs(first: nn.Conv2d, second: nn.Conv2d, pixels: Tensor) -> Tensor:
     outer = second.weight.flatten(1)
     weight = outer @ first.weight.flatten(1)
     return F.conv2d(pixels, weight[:, :, None, None], outer @ first.bias + second.bias)
+
+
+def _run_block(block: nn.Module, tokens: Tensor) -> Tensor:
+    """Run a library block on [B, H, W, C], as much of it in parts as can be."""
+    stride = block.query_stride[0] if block.query_stride else 1
+    if block.window_size and block.window_size % stride == 0:
+        return in_parts(block, tokens, block.window_size)
+    if block.window_size or block.query_stride:  # pooling across windows
+        return block(tokens)
+    tokens = tokens + block.attn(hidden_states=block.layer_norm1(tokens))
+    return tokens + in_parts(lambda part: block.mlp(block.layer_norm2(part)), tokens)
 
 
 class HieraAttention(nn.Module):
