@@ -175,7 +175,7 @@ class Reader:
         return float(np.hypot(dx, dy)) / self.unit
 
     def noun_phrase(self, text):
-        at = [(len(noun), noun) for noun in self.nouns if re.search(rf"\b{re.escape(noun)}\b", text)]
+        at = [(len(noun), noun) for noun in self.nouns if noun in text and re.search(rf"\b{re.escape(noun)}\b", text)]
         assert at, f"{text!r} names nothing"
         noun = max(at)[1]
         rest = re.sub(rf"\b{re.escape(noun)}\b", " ", text, count=1)
