@@ -45,7 +45,9 @@ def main() -> int:
     sets = loading.open_validation(config.val, config.data, collate, ranks)
     if ranks.is_first:
         folder.write_config(to_yaml(config))
-        sys.stderr.write(f"{trained.model.config.name}\n{report_text(trained.parts)}\n\n{loading.describe(mixture)}\n\n")
+        sys.stderr.write(
+            f"{trained.model.config.name}\n{report_text(trained.parts)}\n\n{loading.describe(mixture)}\n\n"
+        )
     if config.dry_run:
         return 0
 

@@ -3,8 +3,8 @@
 python -m benchmarks.training
 
 The published structure is rebuilt here on the same weights: images encoded one by one (SAM) with the library's
-attention, the encoder's image repeated per phrase, plain matrix-and-softmax attention over all layers' tokens, the mask
-decoder image by image, the loss mask by mask, plain AdamW.
+attention and whole blocks at once, the encoder's image repeated per phrase, plain matrix-and-softmax attention over the
+tokens of all layers, the mask decoder image by image, the loss mask by mask, plain AdamW.
 """
 
 import os
@@ -85,7 +85,8 @@ class PublishedStep(TrainingStep):
         """Return float32 [N, 2]; see `TrainingStep.forward`."""
         model, segmenter = self.model, self.model.segmenter
         parts = image.split(1) if model.config.family != "sam2" else [image]
-        encoded = [self.encode_images(part) for part in parts]
+        with mock.patch("model.segmenters.base.PART_BYTES", 1 << 50):  # whole blocks at once
+            encoded = [self.encode_images(part) for part in parts]
         features = (
             [encoded[i] for i in range(len(image))] if len(encoded) > 1 else [encoded[0][i] for i in range(len(image))]
         )

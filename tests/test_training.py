@@ -457,6 +457,17 @@ def test_run_folder(tmp_path):
         read_state(folder.checkpoint(15))
 
 
+def test_other_settings_are_said(tmp_path, caplog):
+    folder = RunFolder(tmp_path)
+    folder.write_config("lr: 1\nsteps: 5\n")
+    folder.write_config("lr: 2\nsteps: 5\n")
+    assert not caplog.text  # nothing to go on from
+    folder.begin(1)
+    folder.commit(1)
+    folder.write_config("lr: 3\nsteps: 5\n")
+    assert "other settings than before: lr: 3" in caplog.text and "steps" not in caplog.text
+
+
 def test_best_survives_a_kill_between_its_renames(tmp_path):
     folder = RunFolder(tmp_path)
     for step in (1, 2):

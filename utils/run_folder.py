@@ -27,8 +27,14 @@ class RunFolder:
         self.checkpoints, self.best = self.path / "checkpoints", self.path / "best"
 
     def write_config(self, text: str) -> None:
-        """Write the resolved configuration, `config.yaml`."""
-        with atomic_path(self.path / "config.yaml") as temporary:
+        """Write the resolved configuration, `config.yaml`; where a run goes on with another one, say what changed."""
+        path = self.path / "config.yaml"
+        if self.steps() and path.is_file():
+            before = path.read_text("utf-8").splitlines()
+            changed = [line.strip() for line in text.splitlines() if line not in before]
+            if changed:
+                logger.warning("%s goes on with other settings than before: %s", self.path, "; ".join(changed))
+        with atomic_path(path) as temporary:
             temporary.write_text(text, "utf-8")
 
     def steps(self) -> list[int]:

@@ -285,9 +285,10 @@ def fill_tensors(
         state[name] = tensor.clone() if tensor.data_ptr() in storages else tensor
         storages.add(tensor.data_ptr())
     grads = {name: tensor.requires_grad for name, tensor in targets.items()}
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, tensor in state.items():
         owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
+        module = modules[owner]
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=grads[name])
         else:
