@@ -14,6 +14,8 @@ import yaml
 
 from tests.conftest import NANO, ROOT, TOKENIZER
 from tests.own_scenes import write_own
+from tests.test_synthetic import draw_sprites
+from tools.synthetic.generate import Recipe, generate
 from utils.errors import run_main
 from utils.run_folder import RunFolder
 
@@ -218,6 +220,22 @@ def test_errors_are_one_line(options, message, experiment, tmp_path, monkeypatch
 def test_resume_never_keeps_an_old_run(experiment, reference):
     done = train(experiment, "--run.out", reference[0], "--run.resume", "never")
     assert done.returncode == 2 and "holds checkpoints up to step 6" in done.stderr
+
+
+def test_the_smoke_experiment_runs_from_scenes_to_score(tmp_path):
+    """configs/experiment/smoke.yaml, as the README's three commands, on scenes of drawn shapes."""
+    generate(tmp_path / "data", Recipe(seed=0, scenes=(24, 8, 8, 8), width=128, height=128), draw_sprites())
+    smoke = ROOT / "configs" / "experiment" / "smoke.yaml"
+    done = train(smoke, "--data.root", tmp_path / "data", "--run.out", tmp_path / "run", "--run.device", "cpu")
+    assert done.returncode == 0, done.stderr
+    command = ["--version", tmp_path / "run" / "best", "--dataset_dir", tmp_path / "data", "--device", "cpu"]
+    command += ["--val_dataset", "refcoco|unc|testA", "grefcoco|unc|testA", "--model_max_length", "62"]
+    score = subprocess.run(
+        [sys.executable, "eval.py", *map(str, command)], cwd=ROOT, env=environment(), capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert score.returncode == 0, score.stderr
+    assert "giou: " in score.stdout and "n-acc" in score.stdout.lower()
 
 
 def test_help_needs_no_torch():
