@@ -33,18 +33,22 @@ def main() -> int:
     forwards = accumulation(config.data, config.optim, ranks.world)
     folder = RunFolder(config.run.out)
     checkpoint = folder.find(config.run.resume)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     ranks.join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    ranks.agree(checkpoint and checkpoint.name, "checkpoint to go on from. run.out must be a folder that all share")
     torch.manual_seed(config.run.seed)
     mixture = loading.open_mixture(config.data, config.run.seed)
     trained = training.prepare_model(config.model)
     step = training.TrainingStep(trained.model, config.loss)
     if checkpoint:
         training.restore(step, checkpoint, read_state(checkpoint)["extra"])
-    cache = training.open_cache(step, config.data.feature_cache, config.optim.precision)
+    cache = training.open_cache(step, config.data.feature_cache, config.optim.precision, strategy)
     collate = Collate(step.spec, trained.model.encoder.image_spec, trained.tokenizer, cache)
     sets = loading.open_validation(config.val, config.data, collate, ranks)
     if ranks.is_first:
-        folder.write_config(to_yaml(config))
+        if not config.dry_run:
+            folder.write_config(to_yaml(config))
         sys.stderr.write(
             f"{trained.model.config.name}\n{report_text(trained.parts)}\n\n{loading.describe(mixture)}\n\n"
         )
@@ -68,8 +72,7 @@ def main() -> int:
     except Stopped as stop:
         sys.stderr.write(f"{stop}\n")
         return SIGTERM_STATUS
-    finally:
-        ranks.leave()
+    ranks.leave()  # not after an error: the others may wait in a collective, until torchrun ends them
     return 0
 
 

@@ -45,7 +45,10 @@ def read_strategy(name: str) -> dict[str, Any]:
     path = FOLDER / "strategy" / f"{name}.yaml" if name in known else Path(name)
     if not path.is_file():
         raise TrainingError(f"unknown strategy {name!r}. Known: {', '.join(known)}, or the path of a YAML file")
-    content = yaml.safe_load(path.read_text("utf-8"))
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TrainingError(f"{path} is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise TrainingError(f"{path} holds no keys. Take a file of configs/strategy/ as an example")
     return content

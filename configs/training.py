@@ -147,6 +147,10 @@ class OptimArgs:
         _require(self.encoder_lr_scale > 0, f"optim.encoder_lr_scale {self.encoder_lr_scale}: needed is positive")
         _require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas {self.betas}: needed are two numbers below 1")
         _require(self.steps >= 1, f"optim.steps {self.steps}: needed is at least 1")
+        _require(
+            self.global_batch is None or self.global_batch >= 1,
+            f"optim.global_batch {self.global_batch}: needed is at least 1",
+        )
         for name in ("warmup", "weight_decay", "clip"):
             value = getattr(self, name)
             _require(value >= 0, f"optim.{name} {value}: needed is 0 or more")

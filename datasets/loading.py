@@ -11,7 +11,17 @@ from utils.distributed import Ranks
 
 from .catalog import expand, open_dataset
 from .collate import Collate
-from .mixture import ErrorsAsValues, Group, Mixture, Shares, ValueOrError, raise_errors, spread, training_steps
+from .mixture import (
+    ErrorsAsValues,
+    Group,
+    Mixture,
+    Shares,
+    ValueOrError,
+    leave_stopping_to_parent,
+    raise_errors,
+    spread,
+    training_steps,
+)
 from .reader import PhraseDataset
 from .sample import Batch
 from .transforms import HorizontalFlip
@@ -96,6 +106,7 @@ def evaluation_batches(
     starts = range(0, len(indices), batch_size)
     batches = ranks.share([list(indices[start : start + batch_size]) for start in starts])
     loader = DataLoader(
-        ErrorsAsValues(dataset), batch_sampler=batches, collate_fn=ValueOrError(collate), num_workers=workers
-    )
+        ErrorsAsValues(dataset), batch_sampler=batches, collate_fn=ValueOrError(collate), num_workers=workers,
+        worker_init_fn=leave_stopping_to_parent,
+    )  # fmt: skip
     yield from raise_errors(loader)

@@ -1,5 +1,6 @@
 """Data sets mixed for training: which sample each position of an endless stream is, on any number of ranks."""
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -163,6 +164,7 @@ def training_steps(
         collate_fn=ValueOrError(collate),
         num_workers=workers,
         pin_memory=pin_memory,
+        worker_init_fn=leave_stopping_to_parent,
         prefetch_factor=4 if workers else None,
     )
     batches = []
@@ -171,6 +173,11 @@ def training_steps(
         if len(batches) == shares.forwards:
             yield batches
             batches = []
+
+
+def leave_stopping_to_parent(_: int) -> None:
+    """Let a worker pass over SIGTERM, which torchrun sends to it too: the training process saves, then ends it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class ErrorsAsValues(Dataset[Sample | TextSAMError]):

@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from configs.training import LossArgs, ModelArgs, OptimArgs
-from utils.errors import MissingPackageError, TrainingError
+from utils.errors import CheckpointError, MissingPackageError, TrainingError
 from utils.feature_cache import FeatureCache, digest_of
 from utils.tokenizer import PhraseTokenizer
 
@@ -187,6 +188,10 @@ def restore(step: TrainingStep, folder: Path, extra: Mapping[str, Tensor]) -> No
     with torch.no_grad():
         for name in own.keys() & checkpoint.shapes.keys():
             own[name].copy_(checkpoint.read(name, torch.device("cpu"), None))
+        if {name: tensor.shape for name, tensor in extra.items()} != {
+            name: tensor.shape for name, tensor in step.named_parameters() if ".lora_" in name
+        }:
+            raise CheckpointError(f"{folder} was trained with another model.lora_rank. Give the same")
         for name, tensor in extra.items():
             step.get_parameter(name).copy_(tensor)
 
@@ -226,14 +231,21 @@ class BatchInputs:
         return ImageFeatures.from_tensors(stacked).to(dtype=self.step.model.dtype)
 
 
-def open_cache(step: TrainingStep, folder: str | None, precision: str) -> FeatureCache | None:
+def open_cache(
+    step: TrainingStep, folder: str | None, precision: str, strategy: Mapping[str, Any] = MappingProxyType({})
+) -> FeatureCache | None:
     """Return the feature cache of a model, or None where no folder is given.
 
     Raises:
-        TrainingError: the image encoder is trained, so that its features change.
+        TrainingError: the image encoder is trained, so that its features change, or its weights are shared out.
     """
     if folder is None:
         return None
+    stage = strategy.get("config", {}).get("zero_optimization", {}).get("stage")
+    if strategy.get("kind") == "fsdp" or stage == 3:
+        raise TrainingError(
+            "data.feature_cache needs the whole image encoder on every process. Use --run.strategy ddp or zero2"
+        )
     if not step.has_frozen_images:
         raise TrainingError("data.feature_cache needs a frozen image encoder: leave model.train_image_encoder out")
     return FeatureCache(folder, feature_digest(step.model, precision))

@@ -290,6 +290,43 @@ def test_an_update_that_is_not_finite_changes_nothing():
     assert not torch.equal(step.model.projector.fc1.weight, before["model.projector.fc1.weight"])
 
 
+def test_loading_keeps_moments_but_not_rates():
+    def engine(rate, decay):
+        step = make_step("sam")
+        args = OptimArgs(lr=rate, weight_decay=decay)
+        settings = OptimizerSettings(optimizer_groups(step, args), (0.9, 0.999), 1.0, "fp32")
+        return AccelerateEngine(step, settings, torch.device("cpu"))
+
+    first = engine(1e-3, 0.1)
+    first.accumulate(BatchInputs(first.module)(make_batch(first.module)), lambda losses: losses.sum(), True)
+    first.update(0.5)
+    second = engine(5e-5, 0.3)
+    second.load_optimizer_state(first.optimizer_state())
+    second.update(1.0)
+    assert {group["lr"] for group in second.optimizer.param_groups} == {5e-5}
+    assert {group["weight_decay"] for group in second.optimizer.param_groups} == {0.0, 0.3}
+    moments = [
+        engine.optimizer.state[engine.module.model.projector.fc1.weight]["exp_avg"] for engine in (first, second)
+    ]
+    assert moments[0].abs().sum() > 0 and torch.equal(*moments)
+
+
+def test_fp16_on_a_cpu_is_refused():
+    step = make_step("sam")
+    with pytest.raises(TrainingError, match="fp16 needs a GPU"):
+        AccelerateEngine(step, OptimizerSettings([], (0.9, 0.999), 1.0, "fp16"), torch.device("cpu"))
+
+
+def test_the_cache_needs_a_whole_encoder():
+    step = make_step("sam")
+    for strategy in (
+        {"kind": "fsdp", "unit": "Layer"},
+        {"kind": "deepspeed", "config": {"zero_optimization": {"stage": 3}}},
+    ):
+        with pytest.raises(TrainingError, match="feature_cache"):
+            open_cache(step, "anywhere", "fp32", strategy)
+
+
 def test_groups_of_the_optimizer():
     step = make_step("sam")
     groups = optimizer_groups(step, OptimArgs(lr=1e-3, encoder_lr_scale=0.5, weight_decay=0.1))
@@ -452,6 +489,9 @@ def test_run_folder(tmp_path):
         folder.find("never")
     with pytest.raises(TrainingError, match="no checkpoint"):
         folder.find(str(tmp_path))
+    with pytest.raises(TrainingError, match="newer checkpoint, of step 15"):
+        folder.find(str(folder.checkpoint(10)))
+    assert folder.find(str(folder.checkpoint(15))) == folder.checkpoint(15)
     (folder.checkpoint(15) / "training.pt").write_bytes(b"PK")
     with pytest.raises(TrainingError, match="damaged"):
         read_state(folder.checkpoint(15))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
-from .errors import ModelError
+from .errors import ModelError, TrainingError
 
 Item = TypeVar("Item")
 
@@ -66,6 +66,21 @@ class Ranks:
             dist.init_process_group(backend, timeout=timedelta(days=1))
         except (KeyError, ValueError, RuntimeError) as error:
             raise ModelError(f"the {self.world} ranks did not meet ({error}). Start them with torchrun") from None
+
+    def agree(self, value: object, what: str) -> None:
+        """Check that every rank has the same value.
+
+        Raises:
+            TrainingError: they differ; `what` says in what, and the remedy.
+        """
+        if self.world == 1:
+            return
+        import torch.distributed as dist
+
+        values: list[object] = [None] * self.world
+        dist.all_gather_object(values, value)
+        if any(other != value for other in values):
+            raise TrainingError(f"the ranks see different things ({', '.join(map(str, values))}) as {what}")
 
     def leave(self) -> None:
         """Take leave of the other ranks, before the process ends."""

@@ -63,6 +63,10 @@ class Engine(ABC):
     module: nn.Module
     device: torch.device
     optimizer: torch.optim.Optimizer
+    keeps_optimizer = True
+    """Whether `optimizer_state` holds the optimizer; else every rank writes its own share with `save_shards`."""
+    uses_scaler = False
+    """Whether losses are scaled, so that some steps are left out while the scale comes down."""
 
     @abstractmethod
     def accumulate(self, inputs: Sequence[Any], to_loss: ToLoss, is_last: bool) -> Tensor:
@@ -98,13 +102,11 @@ class Engine(ABC):
 
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
         """Load what `optimizer_state` returned, on any number of ranks; only rank 0 needs to have it. All call it."""
-        if state and "optimizer" not in state:
-            raise TrainingError(
-                "this checkpoint's optimizer was written by DeepSpeed. Go on with the same run.strategy as before, or "
-                "start anew from its weights with model.checkpoint"
-            )
         options = WHOLE_TO_ALL if dist.is_initialized() else FULL
+        own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         set_optimizer_state_dict(self.module, self.optimizer, state.get("optimizer", {}), options=options)
+        for group, values in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(values)  # rates and decay are those of this start, not of the one that saved
 
     def save_shards(self, folder: Path) -> None:  # noqa: B027
         """Write what every rank must write by itself; for most engines nothing."""
@@ -123,13 +125,17 @@ class AccelerateEngine(Engine):
     def __init__(self, module: nn.Module, settings: OptimizerSettings, device: torch.device) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
+        if settings.precision == "fp16" and device.type == "cpu":
+            raise TrainingError("optim.precision fp16 needs a GPU. Set bf16 or fp32")
+        if settings.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            raise TrainingError("this GPU has no bf16. Set optim.precision fp16 or fp32")
         self.module, self.clip = module, settings.clip
         self.accelerator = Accelerator(
             mixed_precision="no" if settings.precision == "fp32" else settings.precision,
             cpu=device.type == "cpu",
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
         )
-        self.device = self.accelerator.device
+        self.device, self.uses_scaler = self.accelerator.device, self.accelerator.scaler is not None
         module.to(self.device)
         optimizer = settings.adamw(fused=self.device.type in ("cpu", "cuda"))
         self._wrapped, self._optimizer = self.accelerator.prepare(module, optimizer)
@@ -244,6 +250,8 @@ class DeepSpeedEngine(Engine):
         MissingPackageError: deepspeed is not installed. TrainingError: fp16, or settings that disagree.
     """
 
+    keeps_optimizer = False
+
     def __init__(
         self,
         module: nn.Module,
@@ -338,9 +346,12 @@ class DeepSpeedEngine(Engine):
         if shards != dist.get_world_size():
             raise TrainingError(
                 f"{folder} was written by {shards} ranks, here are {dist.get_world_size()}. DeepSpeed goes on with the "
-                "same number only: use it, or ddp or fsdp, or start anew from these weights with model.checkpoint"
+                "same number only: use it, or start anew from these weights with model.checkpoint"
             )
+        own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         self._engine.load_checkpoint(str(folder), tag="zero")
+        for group, values in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(values)
 
 
 def _clip(optimizer: torch.optim.Optimizer, clip: float) -> float:
@@ -388,7 +399,7 @@ def build_engine(
     if kind == "ddp":
         return AccelerateEngine(module, settings, device)
     if not dist.is_initialized():
-        raise TrainingError(f"strategy {kind} shares work between processes. Start it with torchrun")
+        raise TrainingError(f"strategy {kind} needs 2 or more processes of torchrun. Use --run.strategy ddp for one")
     if kind == "fsdp":
         return ShardedEngine(module, settings, device, options["unit"])
     return DeepSpeedEngine(module, settings, device, options["config"], outside)

@@ -44,8 +44,10 @@ class FeatureCache:
             return None
         try:
             return load_file(path)
-        except SafetensorError as error:
-            raise TrainingError(f"{path} is damaged ({error}). Remove it: it is computed again") from None
+        except (SafetensorError, OSError) as error:
+            raise TrainingError(
+                f"{path} cannot be read or is damaged ({error}). Remove it: it is computed again"
+            ) from None
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Store the tensors of an image, given without batch dimension."""

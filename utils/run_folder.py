@@ -70,6 +70,11 @@ class RunFolder:
             raise TrainingError(
                 f"--run.resume {resume} is no checkpoint: it has no {STATE}. Allowed: auto, never, a folder"
             )
+        if steps and Path(resume).resolve() != self.checkpoint(steps[-1]).resolve():
+            raise TrainingError(
+                f"--run.resume {resume}: {self.path} holds a newer checkpoint, of step {steps[-1]}. Give another "
+                "--run.out, or move the newer ones away"
+            )
         return Path(resume)
 
     def partial(self, step: int) -> Path:
@@ -153,5 +158,6 @@ def _whole_folder(target: Path) -> Iterator[Path]:
             target.rename(old)
         partial.rename(target)
     finally:
+        _recover(target)
         for left in (partial, old):
             shutil.rmtree(left, ignore_errors=True)

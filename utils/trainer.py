@@ -1,5 +1,6 @@
 """The training loop. It receives its objects: an engine, batches, and functions that save and measure."""
 
+import contextlib
 import logging
 import math
 import resource
@@ -79,15 +80,32 @@ class Trainer:
         self.engine, self.config, self.hooks, self.folder, self.ranks = engine, config, hooks, folder, ranks
         optim = config.optim
         self.schedule = Schedule(optim.schedule, optim.warmup, optim.steps)
-        self._uses_scaler = optim.precision == "fp16"
         self.step, self.best, self._skipped = 0, -1.0, 0
         self._is_stopping = False
 
     def resume(self, checkpoint: Any) -> None:
         """Load the optimizer and the place of a run; the weights are the caller's to load."""
         state = read_state(checkpoint)
+        images = self._images_per_step()
+        if state["images_per_step"] != images:
+            raise TrainingError(
+                f"{checkpoint} was trained with {state['images_per_step']} images per step, here are {images}: it "
+                f"would go on at another place of the data. Give --optim.global_batch {state['images_per_step']}"
+            )
+        if self.engine.keeps_optimizer != ("optimizer" in state["engine"]):
+            raise TrainingError(
+                f"the optimizer of {checkpoint} was written by another kind of strategy. Go on with the same "
+                "run.strategy as before, or start anew from its weights with model.checkpoint"
+            )
         self.step, self.best = state["step"], state["best"]
-        self.engine.load_optimizer_state(state["engine"] if self.ranks.is_first else {})
+        if self.ranks.is_first:
+            self.folder.recover()
+            if state["is_best"]:
+                self.folder.set_best(checkpoint)  # again: a kill may have come between the two
+        engine = state["engine"]
+        if not self.ranks.is_first:  # the optimizer comes from rank 0; the loss scale each rank has for itself
+            engine = {key: value for key, value in engine.items() if key == "scaler"}
+        self.engine.load_optimizer_state(engine)
         self.engine.load_shards(checkpoint)
 
     def run(self, steps: Callable[[int, int], Iterator[list[Any]]]) -> None:
@@ -101,8 +119,6 @@ class Trainer:
             Stopped: after SIGTERM, when all is saved.
         """
         earlier = signal.signal(signal.SIGTERM, self._stop_soon)
-        if self.ranks.is_first:
-            self.folder.recover()
         log = RunLogger(self.folder.path, self.step, self.config.optim.steps, self.ranks.is_first)
         if self.engine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.engine.device)
@@ -127,17 +143,18 @@ class Trainer:
             is_last = self.step == total
             if self.step % run.log_every == 0 or is_last:
                 log.record(self.step, numbers | speed.numbers(self.engine.device))
-            if self.step % self.config.val.every == 0 or is_last:
-                self._evaluate(log)
-            elif self.step % run.save_every == 0 or stop:
-                self._save()
+            with speed.paused():
+                if is_last or (self.step % self.config.val.every == 0 and not stop):
+                    self._evaluate(log)
+                elif self.step % run.save_every == 0 or stop:
+                    self._save()
             if stop and not is_last:
                 raise Stopped(f"SIGTERM: saved at step {self.step}; the same command goes on from there")
 
     def _step(self, batches: Sequence[Any]) -> tuple[dict[str, float], float, bool]:
         """Do one optimizer step; return what to log, the phrases of all ranks, and whether to stop."""
         weights, world = self.config.loss, self.ranks.world
-        torch.manual_seed((self.config.run.seed * 1_000_003 + self.step) * 4099 + self.ranks.rank)
+        torch.manual_seed(((self.config.run.seed * 1_000_003 + self.step) * 4099 + self.ranks.rank) % 2**63)
         batches = [batch.to(self.engine.device) for batch in batches]
         phrases = self._sum([sum(len(batch.phrases) for batch in batches)])[0]
         # Ranks may hold different numbers of phrases, and their gradients are averaged: the sum over all phrases is
@@ -151,19 +168,19 @@ class Trainer:
             per_phrase.append(self.engine.accumulate(inputs, lambda losses: (losses @ scale).sum(), is_last))
         sums = torch.cat(per_phrase).double().sum(0).tolist()
         bce, dice, bad, stop = self._sum([*sums, float(not math.isfinite(sum(sums))), float(self._is_stopping)])
-        if bad and not self._uses_scaler:
+        if bad and not self.engine.uses_scaler:
             self._fail("loss", batches, per_phrase)
         factor = self.schedule.factor(self.step)
         norm = self.engine.update(factor)
         self._skipped = 0 if math.isfinite(norm) else self._skipped + 1
-        if self._skipped > (MAX_SKIPPED if self._uses_scaler else 0):
+        if self._skipped > (MAX_SKIPPED if self.engine.uses_scaler else 0):
             self._fail("gradient", batches, per_phrase)
         numbers = {
             "loss": (bce * weights.bce + dice * weights.dice) / phrases,
             "bce": bce / phrases,
             "dice": dice / phrases,
             "grad_norm": norm,
-            "lr": self.config.optim.lr * factor,
+            "lr": max(group["lr"] for group in self.engine.optimizer.param_groups),
         }
         return numbers, phrases, stop > 0
 
@@ -173,7 +190,8 @@ class Trainer:
             return values
         kind = torch.float32 if self.engine.device.type == "mps" else torch.float64
         tensor = torch.tensor(values, dtype=kind, device=self.engine.device)
-        dist.all_reduce(tensor)
+        with self._together():
+            dist.all_reduce(tensor)
         return tensor.tolist()
 
     def _fail(self, what: str, batches: Sequence[Any], per_phrase: list[Tensor]) -> None:
@@ -217,7 +235,14 @@ class Trainer:
         if self.ranks.is_first:
             self.folder.begin(self.step)
             self.hooks.save(partial, tensors)
-            content = {"step": self.step, "best": self.best, "engine": state, "extra": self.hooks.extra_state(tensors)}
+            content = {
+                "step": self.step,
+                "best": self.best,
+                "is_best": is_best,
+                "images_per_step": self._images_per_step(),
+                "engine": state,
+                "extra": self.hooks.extra_state(tensors),
+            }
             write_state(partial, content)
         self._meet()
         self.engine.save_shards(partial)
@@ -229,9 +254,22 @@ class Trainer:
             self.folder.keep(self.config.run.keep)
         self._meet()
 
+    def _images_per_step(self) -> int:
+        return self.config.optim.global_batch or self.config.data.batch_size * self.ranks.world
+
     def _meet(self) -> None:
         if self.ranks.world > 1:
-            dist.barrier()
+            with self._together():
+                dist.barrier()
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Say in one line that other ranks are gone, where torch says it in many."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise TrainingError(f"rank {self.ranks.rank} lost the others ({reason}). See what they said") from None
 
 
 class _Speed:
@@ -249,6 +287,13 @@ class _Speed:
             if item is None:
                 return
             yield item
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time that evaluating and saving take."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
 
     def add(self, phrases: float) -> None:
         """Count the phrases of a step."""

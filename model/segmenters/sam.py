@@ -49,6 +49,10 @@ class SAMSegmenter(Segmenter):
         # The neck overflows in fp16: its second convolution sums 2304 products.
         if tokens.dtype == torch.float16:
             return ImageFeatures(_neck_in_float32(encoder.neck, tokens).half())
+        kind = tokens.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+            with torch.autocast(kind, enabled=False):
+                return ImageFeatures(encoder.neck(tokens.float()))
         return ImageFeatures(encoder.neck(tokens))
 
     def _encode_prompts(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
