@@ -69,6 +69,8 @@ def test_a_stopped_run_goes_on(boxes, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, root, folder, path)
     assert not (folder / "o365_res_instances.json").exists()
+    with pytest.raises(DataError, match="another checkpoint, file or option"):
+        run(monkeypatch, root, folder, path, "--single_instance")
     run(monkeypatch, root, folder, path)
     assert seen == ["7.png", "8.png", "8.png"]
     assert len(json.loads((folder / "o365_res_instances.json").read_text())["annotations"]) == 4

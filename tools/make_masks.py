@@ -45,13 +45,18 @@ def main() -> int:
     content = read_coco(args.annotations)
     by_image = group(content, args)
     partial = args.output.with_name(f".{args.output.name}.partial.jsonl")
+    state = args.annotations.stat()
+    settings = [args.checkpoint, args.single_instance, state.st_size, state.st_mtime_ns]
     done = read_partial(partial)
+    if done.get(None, settings) != settings:
+        raise DataError(f"{partial} was begun with another checkpoint, file or option. Remove it to begin anew")
     from model import load_predictor
 
     predictor = load_predictor(args.checkpoint, device=args.device)
     todo = [record for record in content["images"] if record["id"] in by_image and record["id"] not in done]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a", encoding="ascii") as file:
+        file.write("\n" + json.dumps([None, settings]) + "\n")
         for record in tqdm(todo, unit="image", disable=None):
             masks = segment(predictor, args.images / record["file_name"], by_image[record["id"]])
             file.write("\n" + json.dumps([record["id"], masks]) + "\n")
@@ -86,6 +91,8 @@ def group(content: dict[str, list], args: Args) -> dict[Any, list[dict[str, Any]
         members[image].append(annotation)
     if args.single_instance:
         for image, own in members.items():
+            for annotation in own:
+                require(annotation, "category_id", int, f"{args.annotations}, annotation {annotation.get('id')}")
             counts = Counter(annotation["category_id"] for annotation in own)
             members[image] = [annotation for annotation in own if counts[annotation["category_id"]] == 1]
     members = {image: own for image, own in members.items() if own}
@@ -106,7 +113,7 @@ def segment(predictor: Any, path: Path, annotations: list[dict[str, Any]]) -> li
 
 
 def read_partial(path: Path) -> dict[Any, list]:
-    """Return image id -> masks that a stopped run has made; a line cut off by the stop is dropped."""
+    """Return image id -> masks that a stopped run has made, and None -> its settings; half a line is dropped."""
     done = {}
     lines = path.read_text("ascii").splitlines() if path.is_file() else []
     for line in lines:
