@@ -42,7 +42,8 @@ def main() -> int:
     trained = training.prepare_model(config.model)
     step = training.TrainingStep(trained.model, config.loss)
     if checkpoint:
-        training.restore(step, checkpoint, read_state(checkpoint)["extra"])
+        state = read_state(checkpoint)
+        training.restore(step, checkpoint, state["extra"])
     cache = training.open_cache(step, config.data.feature_cache, config.optim.precision, strategy)
     collate = Collate(step.spec, trained.model.encoder.image_spec, trained.tokenizer, cache)
     sets = loading.open_validation(config.val, config.data, collate, ranks)
@@ -65,15 +66,14 @@ def main() -> int:
     )
     trainer = Trainer(engine, config, hooks, folder, ranks)
     if checkpoint:
-        trainer.resume(checkpoint)
+        trainer.resume(checkpoint, state)
     batches = loading.training_batches(mixture, collate, data, ranks, forwards, pin_memory=device.type == "cuda")
     try:
         trainer.run(batches)
     except Stopped as stop:
         sys.stderr.write(f"{stop}\n")
-        return SIGTERM_STATUS
     ranks.leave()  # not after an error: the others may wait in a collective, until torchrun ends them
-    return 0
+    return SIGTERM_STATUS if trainer.step < optim.steps else 0
 
 
 if __name__ == "__main__":

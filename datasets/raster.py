@@ -10,9 +10,9 @@ from pycocotools import mask as coco_mask
 
 from utils.errors import DataError
 from utils.image import MAX_PIXELS
+from utils.masks import IGNORE
 
 from .regions import LABEL, PICTURE, POLYGON, RLE, Part, check_inside, check_runs, unpack_counts
-from .sample import IGNORE
 
 Overlaps = Literal["union", "sum"]
 _MOST = IGNORE - 1

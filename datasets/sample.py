@@ -8,9 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORE = 255
-"""Mask value of pixels that count neither in a loss nor in a metric."""
-
 
 @dataclass(frozen=True)
 class Sample:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from configs.training import ModelArgs
 from utils.errors import TrainingError
@@ -109,8 +108,3 @@ def report_text(parts: list[PartReport]) -> str:
     sums = PartReport("all", *(sum(getattr(part, field) for part in parts) for field in ("total", "trained", "idle")))
     rows += [f"{part.name:16} {part.total:13,} {part.trained:13,} {part.idle:13,}" for part in (*parts, sums)]
     return "\n".join(rows)
-
-
-def trained_names(model: nn.Module) -> list[str]:
-    """Return the names of the parameters that are trained."""
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

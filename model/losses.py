@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.image import ImageSpec
+from utils.masks import IGNORE
 
 DICE_SCALE, DICE_EPS = 1000.0, 1e-6
-IGNORE = 255
 OVERSAMPLE, UNCERTAIN_SHARE = 3, 0.75
 """Points: this many times the candidates, and this share of the most uncertain ones among the points."""
 

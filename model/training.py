@@ -15,7 +15,7 @@ from utils.feature_cache import FeatureCache, digest_of
 from utils.tokenizer import PhraseTokenizer
 
 from .checkpoints.files import Checkpoint
-from .checkpoints.load import find_source, load_model, resolve, save_model
+from .checkpoints.load import find_source, load_model, save_model
 from .checkpoints.rules import OURS, KeyMap, check_keys, named_tensors
 from .evf import EVFModel
 from .freeze import PartReport, Probe, choose_trained, leave_out_idle, report
@@ -30,12 +30,9 @@ class TrainingStep(nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
         self.spec = model.segmenter.image_spec.for_evaluation()
-
-    @property
-    def has_frozen_images(self) -> bool:
+        parts = {model.segmenter.part_of(name) for name, p in model.segmenter.named_parameters() if p.requires_grad}
+        self.has_frozen_images = "image_encoder" not in parts
         """Whether the image encoder is not trained, so that its features never change."""
-        names = ((self.model.segmenter.part_of(n), p) for n, p in self.model.segmenter.named_parameters())
-        return not any(parameter.requires_grad for part, parameter in names if part == "image_encoder")
 
     def encode_images(self, pixels: Tensor) -> ImageFeatures:
         """Return the features of images, without a graph where the image encoder is frozen."""
@@ -99,8 +96,6 @@ def prepare_model(args: ModelArgs) -> Trainable:
         source = find_source(args.checkpoint)
         model = load_model(source, dtype=torch.float32)
         path = path or str(source)
-        if resolve(source).config.encoder is None:
-            raise TrainingError(f"model.checkpoint {args.checkpoint} has no encoder. Give an EVF-SAM checkpoint")
     else:
         model = load_model(
             args.name,

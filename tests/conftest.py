@@ -40,6 +40,19 @@ def nano_model(family: str):
     return copy.deepcopy(_nano_model(family))
 
 
+def lively_model(family, seed=1):
+    """Return a model whose masks differ between phrases: a fresh one maps all of them to nearly one prompt."""
+    model = nano_model(family)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("encoder.", "projector.")) and parameter.ndim > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5 * 2)
+            elif "prompt_encoder" in name:
+                parameter.mul_(3)
+    return model
+
+
 @pytest.fixture(scope="session")
 def nano_folders(tmp_path_factory):
     """Family -> checkpoint folder in the published layout; read only."""

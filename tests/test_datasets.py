@@ -15,7 +15,6 @@ from datasets import index as index_module
 from datasets.annotations import stream_json
 from datasets.catalog import describe, expand, list_datasets, list_present, open_dataset
 from datasets.regions import pack_counts, unpack_counts
-from datasets.sample import IGNORE
 from tests.dataset_layouts import (
     HEIGHT,
     REFER,
@@ -41,6 +40,7 @@ from tests.dataset_layouts import (
 )
 from tools.check_data import main
 from utils.errors import DataError, run_main
+from utils.masks import IGNORE
 
 
 def masks_equal(sample, *expected):

@@ -18,7 +18,7 @@ from datasets.loading import evaluation_batches
 from model.checkpoints.load import save_published
 from model.predictor import build_predictor, load_predictor
 from tests import dataset_layouts as layouts
-from tests.conftest import NANO, ROOT, TOKENIZER, make_picture, nano_model
+from tests.conftest import NANO, ROOT, TOKENIZER, lively_model, make_picture
 from utils import evaluator
 from utils.distributed import Ranks
 from utils.errors import CheckpointError, DataError, ImageError, ModelError, PromptError, TextSAMError, TrainingError
@@ -41,19 +41,6 @@ KINDS = ("Red", "Blue", "Big")
 def _single_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-
-
-def lively_model(family):
-    """Return a model whose masks differ between phrases: a fresh one maps all of them to nearly one prompt."""
-    model = nano_model(family)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.startswith(("encoder.", "projector.")) and parameter.ndim > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5 * 2)
-            elif "prompt_encoder" in name:
-                parameter.mul_(3)
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -9,21 +9,14 @@ from model.predictor import build_predictor, load_predictor
 from utils.errors import ImageError, ModelError, PromptError
 from utils.tokenizer import PhraseTokenizer
 
-from .conftest import NANO, TOKENIZER, nano_model
+from .conftest import NANO, TOKENIZER, lively_model, nano_model
 
 PHRASES = ["the cat", "a red box on the left", "blue square bottom right"]
 
 
 def lively_predictor(family):
     """Return a predictor whose masks differ between phrases: a fresh model maps all of them to nearly one prompt."""
-    model = nano_model(family)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.startswith(("encoder.", "projector.")) and parameter.ndim > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5 * 2)
-            elif "prompt_encoder" in name:
-                parameter.mul_(3)
+    model = lively_model(family, seed=0)
     return build_predictor(model, PhraseTokenizer(TOKENIZER, max_length=62))
 
 

@@ -103,16 +103,22 @@ class Engine(ABC):
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
         """Load what `optimizer_state` returned, on any number of ranks; only rank 0 needs to have it. All call it."""
         options = WHOLE_TO_ALL if dist.is_initialized() else FULL
-        own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
-        set_optimizer_state_dict(self.module, self.optimizer, state.get("optimizer", {}), options=options)
-        for group, values in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(values)  # rates and decay are those of this start, not of the one that saved
+        with self._own_rates():
+            set_optimizer_state_dict(self.module, self.optimizer, state.get("optimizer", {}), options=options)
 
     def save_shards(self, folder: Path) -> None:  # noqa: B027
         """Write what every rank must write by itself; for most engines nothing."""
 
     def load_shards(self, folder: Path) -> None:  # noqa: B027
         """Read what `save_shards` wrote."""
+
+    @contextlib.contextmanager
+    def _own_rates(self) -> Iterator[None]:
+        """Keep the rates and the decay of this start, whatever a checkpoint says that is loaded meanwhile."""
+        own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
+        yield
+        for group, values in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(values)
 
     def _set_rates(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
@@ -348,10 +354,8 @@ class DeepSpeedEngine(Engine):
                 f"{folder} was written by {shards} ranks, here are {dist.get_world_size()}. DeepSpeed goes on with the "
                 "same number only: use it, or start anew from these weights with model.checkpoint"
             )
-        own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
-        self._engine.load_checkpoint(str(folder), tag="zero")
-        for group, values in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(values)
+        with self._own_rates():
+            self._engine.load_checkpoint(str(folder), tag="zero")
 
 
 def _clip(optimizer: torch.optim.Optimizer, clip: float) -> float:

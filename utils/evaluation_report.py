@@ -13,10 +13,9 @@ from torch import Tensor
 
 from .errors import TrainingError
 from .files import atomic_path, write_json
-from .masks import decode_rle, encode_rle
+from .masks import IGNORE, decode_rle, encode_rle
 from .metrics import (
     GRES_EMPTY_PIXELS,
-    IGNORE,
     THRESHOLDS,
     PhraseResult,
     mean_numbers,

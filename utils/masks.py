@@ -8,6 +8,9 @@ from PIL import Image
 
 from .files import atomic_path
 
+IGNORE = 255
+"""Mask value of pixels that count neither in a loss nor in a metric."""
+
 
 def boxes_of_masks(masks: torch.Tensor) -> torch.Tensor:
     """Return the tight box around each mask.

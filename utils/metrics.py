@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORE = 255
-"""Ground-truth value of pixels that do not count."""
+from .masks import IGNORE
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 """IoU from which on a phrase counts as found, for Pr@X."""

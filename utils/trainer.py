@@ -7,8 +7,9 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .engine import Engine
 from .errors import TrainingError
 from .files import write_json
 from .logger import RunLogger
-from .run_folder import RunFolder, read_state, write_state
+from .run_folder import RunFolder, write_state
 
 MAX_SKIPPED = 20
 """Steps in a row that fp16 may leave out while its loss scale comes down."""
@@ -83,9 +84,12 @@ class Trainer:
         self.step, self.best, self._skipped = 0, -1.0, 0
         self._is_stopping = False
 
-    def resume(self, checkpoint: Any) -> None:
-        """Load the optimizer and the place of a run; the weights are the caller's to load."""
-        state = read_state(checkpoint)
+    def resume(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
+        """Load the optimizer and the place of a run; the weights are the caller's to load.
+
+        Args:
+            state: what `read_state` returned for the checkpoint.
+        """
         images = self._images_per_step()
         if state["images_per_step"] != images:
             raise TrainingError(
