@@ -39,7 +39,7 @@ def main() -> int:
     ranks.agree(checkpoint and checkpoint.name, "checkpoint to go on from. run.out must be a folder that all share")
     torch.manual_seed(config.run.seed)
     mixture = loading.open_mixture(config.data, config.run.seed)
-    trained = training.prepare_model(config.model)
+    trained = training.prepare_model(config.model, config.loss)
     step = training.TrainingStep(trained.model, config.loss)
     if checkpoint:
         state = read_state(checkpoint)

@@ -11,12 +11,13 @@ from utils.errors import TrainingError
 from .inference import InferenceArgs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalArgs:
     """Measure a model on data sets with phrases and masks."""
 
-    version: str
-    """Checkpoint: a folder in the published EVF-SAM layout or of ours, a Hugging Face hub id, or a released name."""
+    version: str = "nano"
+    """Checkpoint: a folder in the published EVF-SAM layout or of ours, a Hugging Face hub id, or a released name; by
+    default the small model that comes with the repository, which knows synthetic scenes alone."""
     dataset_dir: str = "./dataset"
     """Folder of all data sets, laid out as published."""
     val_dataset: tuple[str, ...] = ("refcoco|unc|val",)
@@ -30,8 +31,8 @@ class EvalArgs:
     """Quantise the encoder to 8 bit (needs bitsandbytes); the segmenter stays as it is."""
     load_in_4bit: FlagCreatePairsOff[bool] = False
     """Quantise the encoder to 4 bit (needs bitsandbytes)."""
-    image_size: int = 224
-    """Side of the encoder's image; must be what the encoder was trained with."""
+    image_size: int | None = None
+    """Side of the encoder's image (224 where published); must be what the encoder was trained with, as by default."""
     model_max_length: int = 512
     """Longest phrase in tokens."""
     vis_save_path: str | None = None

@@ -6,12 +6,13 @@ from typing import Literal
 from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InferenceArgs:
     """Segment images from phrases."""
 
-    version: str
-    """Checkpoint: a folder in the published EVF-SAM layout or of ours, a Hugging Face hub id, or a released name."""
+    version: str = "nano"
+    """Checkpoint: a folder in the published EVF-SAM layout or of ours, a Hugging Face hub id, or a released name; by
+    default the small model that comes with the repository, which knows synthetic scenes alone."""
     image_path: str
     """An image, a folder of images, or a quoted glob such as 'shots/**/*.jpg'."""
     prompt: UseAppendAction[tuple[str, ...]]
@@ -22,8 +23,8 @@ class InferenceArgs:
     """Type of the weights; auto is fp16 on CUDA and fp32 elsewhere. Falls back with a warning where a device cannot."""
     model_type: Literal["auto", "ori", "effi", "sam2"] = "auto"
     """Kind of segmenter. The checkpoint says it itself; a value that disagrees is an error."""
-    image_size: int = 224
-    """Side of the encoder's image; must be what the encoder was trained with."""
+    image_size: int | None = None
+    """Side of the encoder's image (224 where published); must be what the encoder was trained with, as by default."""
     model_max_length: int = 512
     """Longest phrase in tokens."""
     load_in_8bit: FlagCreatePairsOff[bool] = False

@@ -93,6 +93,8 @@ class EfficientSAMConfig:
     heads: int
     layers: int = 12
     image_size: int = 1024
+    decoder_mlp: int = 2048
+    """Inner width of the mask decoder's MLPs."""
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, f"segmenter width {self.width} is not a multiple of {self.heads} heads")

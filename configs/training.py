@@ -105,18 +105,40 @@ class DataArgs:
 
 @dataclass(frozen=True)
 class LossArgs:
-    """What is minimised: the mean over phrases of bce * BCE + dice * (1 - dice)."""
+    """What is minimised: the mean over phrases of bce * BCE + dice * (1 - dice), and what of ours is asked for."""
 
     bce: float = 1.0
     dice: float = 1.0
     points: int = 0
     """Compute the loss at this many points of the low-resolution mask instead of every pixel of the image. Ours."""
+    pointing: float = 0.0
+    """Weight of a loss on the encoder alone: its [CLS] vector must fit the image patches of what is meant. An encoder
+    that starts from random weights learns from it what the words are. Ours."""
+    contrast: float = 0.0
+    """Weight of a loss on the encoder alone: a phrase without its image must find the patches of what it means among
+    those of all images of the batch, read without a phrase. Ours, for an encoder that starts from random weights."""
+    iou: float = 0.0
+    """Weight of the squared error of the predicted IoU, the score of a mask: 0 where nothing is meant. Ours."""
+
+    def terms(self) -> dict[str, float]:
+        """Return the weight of each term by name, in the order of a `TrainingStep`'s columns."""
+        ours = {name: getattr(self, name) for name in ("pointing", "contrast", "iou")}
+        masks = {"bce": self.bce, "dice": self.dice} if self.needs_masks else {}
+        return masks | {name: weight for name, weight in ours.items() if weight}
+
+    def asked(self) -> dict[str, bool]:
+        """Return what the encoder is to say beside the [CLS] vector, as `BEiT3.forward` takes it."""
+        return {"points": self.pointing > 0, "apart": self.contrast > 0}
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether the segmenter runs; without it the encoder alone is trained, to start from."""
+        return self.bce + self.dice + self.iou > 0
 
     def __post_init__(self) -> None:
-        _require(
-            self.bce >= 0 and self.dice >= 0 and self.bce + self.dice > 0,
-            f"loss.bce {self.bce} and loss.dice {self.dice}: needed are numbers from 0, not both 0",
-        )
+        for name in ("bce", "dice", "pointing", "contrast", "iou"):
+            _require(getattr(self, name) >= 0, f"loss.{name} {getattr(self, name)}: needed is 0 (off) or a weight")
+        _require(any(self.terms().values()), "every weight of loss is 0. Give at least one, such as loss.bce 1")
         _require(self.points >= 0, f"loss.points {self.points}: needed is 0 (all pixels) or a count such as 12544")
 
 

@@ -27,7 +27,7 @@ from utils.files import atomic_path
 
 from .regions import Part
 
-FORMAT = 1
+FORMAT = 2
 """Increase it whenever the scanners or the arrays change, so that nobody reads an index of old code."""
 
 _MAGIC = b"TextSAM\n"
@@ -37,11 +37,15 @@ logger = logging.getLogger(__name__)
 
 
 class Phrase(NamedTuple):
-    """A text, its stable name in the data set, and the numbers of its regions: none for a phrase without target."""
+    """A text, its stable name in the data set, and the numbers of its regions: none for a phrase without target.
+
+    `form` says what the phrase goes by (a name, a place, ...) where the annotation file says it.
+    """
 
     text: str
     id: str
     regions: Sequence[int]
+    form: str = ""
 
 
 class Entry(NamedTuple):
@@ -87,11 +91,19 @@ class Texts:
     def __init__(self) -> None:
         self.data = bytearray()
         self.offsets = array("q", [0])
+        self._known: dict[str, int] = {}
 
     def add(self, text: str) -> None:
         """Append a text; a file name may hold bytes that are not UTF-8."""
         self.data += text.encode("utf-8", "surrogateescape")
         self.offsets.append(len(self.data))
+
+    def number(self, text: str) -> int:
+        """Return the place of a text; it is appended only once. Not to be mixed with `add`."""
+        place = self._known.setdefault(text, len(self._known))
+        if place == len(self.offsets) - 1:
+            self.add(text)
+        return place
 
 
 class Index:
@@ -154,6 +166,10 @@ class Index:
         """Return the name of a phrase."""
         return self._text("id", phrase)
 
+    def form(self, phrase: int) -> str:
+        """Return the form of a phrase, "" where the data set does not say it."""
+        return self._text("form", int(self._arrays["phrase_forms"][phrase]))
+
     def regions(self, phrase: int) -> tuple[int, ...]:
         """Return the numbers of the regions of a phrase."""
         start, end = self._arrays["target_starts"][phrase : phrase + 2]
@@ -182,10 +198,9 @@ class _Builder:
         self.spill = spill
         self.heights, self.widths = array("i"), array("i")
         self.phrase_starts, self.target_starts = array("q", [0]), array("q", [0])
-        self.phrase_texts, self.targets = array("i"), array("q")
+        self.phrase_texts, self.phrase_forms, self.targets = array("i"), array("i"), array("q")
         self.part_starts, self.part_offsets, self.part_kinds = array("q", [0]), array("q", [0]), array("B")
-        self.paths, self.texts, self.ids = Texts(), Texts(), Texts()
-        self.known_texts: dict[str, int] = {}
+        self.paths, self.texts, self.forms, self.ids = Texts(), Texts(), Texts(), Texts()
 
     def add_region(self, parts: Sequence[Part]) -> int:
         for part in parts:
@@ -216,10 +231,8 @@ class _Builder:
             self.phrase_starts.append(len(self.phrase_texts))
 
     def _add_phrase(self, phrase: Phrase) -> None:
-        number = self.known_texts.setdefault(phrase.text, len(self.known_texts))
-        if number == len(self.texts.offsets) - 1:
-            self.texts.add(phrase.text)
-        self.phrase_texts.append(number)
+        self.phrase_texts.append(self.texts.number(phrase.text))
+        self.phrase_forms.append(self.forms.number(phrase.form))
         self.ids.add(phrase.id)
         self.targets.extend(phrase.regions)
         self.target_starts.append(len(self.targets))
@@ -227,10 +240,11 @@ class _Builder:
     def write(self, path: Path, name: str, notes: list[str]) -> None:
         arrays: dict[str, Any] = {
             key: np.asarray(getattr(self, key))
-            for key in ("heights", "widths", "phrase_starts", "target_starts", "phrase_texts", "targets",
+            for key in ("heights", "widths", "phrase_starts", "target_starts", "phrase_texts", "phrase_forms",
+                        "targets",
                         "part_starts", "part_offsets", "part_kinds")
         }  # fmt: skip
-        for key, texts in (("path", self.paths), ("text", self.texts), ("id", self.ids)):
+        for key, texts in (("path", self.paths), ("text", self.texts), ("form", self.forms), ("id", self.ids)):
             arrays[f"{key}_offsets"] = np.asarray(texts.offsets)
             arrays[f"{key}_data"] = np.frombuffer(texts.data, np.uint8)
         sizes = {key: (value.dtype.str, value.size, value.nbytes) for key, value in arrays.items()}

@@ -80,6 +80,10 @@ class PhraseDataset:
         """Return the texts of an image."""
         return [self._text(phrase) for phrase in self._rows(index)]
 
+    def form(self, index: int, place: int) -> str:
+        """Return what a phrase of an image goes by (a name, a relation, ...), "" where the data set does not say it."""
+        return self._index.form(self._rows(index)[place])
+
     def count_phrases(self) -> int:
         """Return the number of phrases of all images."""
         return self._index.phrase_count if self._places is None else int(self._counts()[self._places].sum())

@@ -98,7 +98,7 @@ def scan_refer(refs_file: Path, instances_file: Path, split: str, is_generalised
         where = f"{refs_file}, ref_id {members[0]['ref_id']}"
         image = coco_image(find(images, image_id, "image", where), instances_file)
         phrases = [
-            Phrase(_text(sentence, ref, refs_file), f"{ref['ref_id']}/{sentence['sent_id']}", numbers)
+            Phrase(_text(sentence, ref, refs_file), f"{ref['ref_id']}/{sentence['sent_id']}", numbers, _form(sentence))
             for ref in members
             for numbers in [regions.of(ref, image.height, image.width, refs_file)]
             for sentence in ref["sentences"]
@@ -134,6 +134,12 @@ def _text(sentence: Mapping, ref: Mapping, path: Path) -> str:
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{where}: the sentence is empty. Write a phrase, or remove the sentence")
     return text
+
+
+def _form(sentence: Mapping) -> str:
+    """Return what the phrase goes by, which tools/make_synthetic.py writes down; the published files do not."""
+    form = sentence.get("form", "")
+    return form if isinstance(form, str) else ""
 
 
 class _Regions:

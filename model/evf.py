@@ -8,7 +8,7 @@ from utils.errors import PromptError
 
 from .encoders.beit3 import BEiT3
 from .segmenters.base import PROMPT_WIDTH, Segmenter
-from .types import EVFOutput, ImageFeatures, Prompts
+from .types import EncoderOutput, EVFOutput, ImageFeatures, Prompts
 
 
 class Projector(nn.Module):
@@ -45,11 +45,19 @@ class EVFModel(nn.Module):
         return next(p.dtype for p in self.segmenter.parameters() if p.is_floating_point())
 
     def encode_phrases(
-        self, pixels: Tensor, ids: Tensor, padding: Tensor | None = None, image_index: Tensor | None = None
-    ) -> Tensor:
-        """Return the prompt embedding of each phrase, float [N, 256]; arguments as `BEiT3.forward`."""
-        text = self.encoder(pixels, ids, padding, image_index)
-        return self.projector(text.to(self.projector.fc1.weight.dtype))
+        self,
+        pixels: Tensor,
+        ids: Tensor,
+        padding: Tensor | None = None,
+        image_index: Tensor | None = None,
+        **asked: bool,
+    ) -> tuple[Tensor, EncoderOutput]:
+        """Return the prompt embedding of each phrase, float [N, 256], and what the encoder said.
+
+        Arguments as `BEiT3.forward`.
+        """
+        said = self.encoder(pixels, ids, padding, image_index, **asked)
+        return self.projector(said.vector.to(self.projector.fc1.weight.dtype)), said
 
     def forward(
         self,
@@ -59,6 +67,7 @@ class EVFModel(nn.Module):
         padding: Tensor | None = None,
         image_index: Tensor | None = None,
         prompts: Prompts | None = None,
+        **asked: bool,
     ) -> EVFOutput:
         """Predict a mask for each of N prompts on B images.
 
@@ -69,6 +78,7 @@ class EVFModel(nn.Module):
             padding: bool [N, T], True at padding; None where nothing is padded.
             image_index: int64 [N], the image of each prompt; None where N = B or B = 1.
             prompts: points, boxes or masks that go with the phrases, N of each.
+            asked: what else the encoder should say, as `BEiT3.forward`: `points`, `apart`.
 
         Returns:
             all masks, the one that the family's rule takes, and what can be used again.
@@ -79,7 +89,9 @@ class EVFModel(nn.Module):
         if ids is None and not prompts:
             raise PromptError("nothing to look for. Give phrases or prompts")
         features = image if isinstance(image, ImageFeatures) else self.segmenter.encode_image(image)
-        text = None if ids is None else self.encode_phrases(encoder_pixels, ids, padding, image_index)
+        text, said = None, None
+        if ids is not None:
+            text, said = self.encode_phrases(encoder_pixels, ids, padding, image_index, **asked)
         sparse, dense = self.segmenter.encode_prompts(prompts) if prompts else (None, None)
         tokens = [part for part in (sparse, None if text is None else text[:, None]) if part is not None]
         if not tokens:
@@ -90,4 +102,4 @@ class EVFModel(nn.Module):
         else:
             is_ambiguous = prompts.kinds() == ["points"] and prompts.points.shape[1] == 1
             selected = self.segmenter.select_for_prompts(prediction, is_ambiguous)
-        return EVFOutput(prediction, selected, features, text)
+        return EVFOutput(prediction, selected, features, text, said)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from configs.training import ModelArgs
+from configs.training import LossArgs, ModelArgs
 from utils.errors import TrainingError
 
 from .checkpoints.load import build_model
@@ -12,6 +12,9 @@ from .evf import EVFModel
 
 TRAINED_DECODERS = frozenset({"sam", "efficient_sam"})
 """Families whose mask decoder and "no mask" prompt EVF-SAM trains; SAM-2 stays as it is (issue #45 of its authors)."""
+
+
+DEFAULT_LOSS = LossArgs()
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,11 @@ class Probe:
     outside: list[str]
 
 
-def leave_out_idle(model: EVFModel) -> Probe:
+def leave_out_idle(model: EVFModel, loss: LossArgs = DEFAULT_LOSS) -> Probe:
     """Take `requires_grad` from parameters that no gradient can reach, and return what was found.
 
-    The last encoder layer computes one vector, so its text half is idle; so are the IoU head and the mask token.
+    The last encoder layer computes one vector, so its text half is idle; so are the mask token and,
+    unless the loss has a term for it, the IoU head. A loss without masks leaves out the whole segmenter.
     A copy of the model without storage finds them: one forward and backward of shapes alone.
     """
     with torch.device("meta"):
@@ -76,7 +80,12 @@ def leave_out_idle(model: EVFModel) -> Probe:
     called: set[str] = set()
     for name, module in shapes.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
-    shapes(pixels, small, ids).logits.sum().backward()
+    if loss.needs_masks:
+        output = shapes(pixels, small, ids, **loss.asked())
+        said, read = output.encoder, [output.logits, *([output.scores] if loss.iou else [])]
+    else:
+        said, read = shapes.encoder(small, ids, fused=loss.pointing > 0, **loss.asked()), []
+    sum(tensor.sum() for tensor in (*read, said.fit, said.patches, said.words) if tensor is not None).backward()
     outside = [name for name, _ in shapes.named_parameters() if name.rpartition(".")[0] not in called]
     reached = {name for name, parameter in shapes.named_parameters() if parameter.grad is not None}
     idle = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in reached}

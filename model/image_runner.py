@@ -206,7 +206,7 @@ def load(args: InferenceArgs, ranks: Ranks) -> ImagePredictor:
             f"--model_type {args.model_type} does not fit {args.version}, which is {config.name}. "
             f"Leave the option out, or give {stated}"
         )
-    if args.image_size != config.encoder.image_size:
+    if args.image_size not in (None, config.encoder.image_size):
         raise ModelError(f"--image_size {args.image_size}: this encoder takes {config.encoder.image_size} only")
     tokenizer = PhraseTokenizer(
         source.path,

@@ -3,6 +3,9 @@
 Source: EVF-SAM `model/evf_sam.py` (after LISA); the points follow PointRend (arXiv 1912.08193) and Mask2Former.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +14,7 @@ from utils.image import ImageSpec
 from utils.masks import IGNORE
 
 DICE_SCALE, DICE_EPS = 1000.0, 1e-6
+TEMPERATURE = 0.07
 OVERSAMPLE, UNCERTAIN_SHARE = 3, 0.75
 """Points: this many times the candidates, and this share of the most uncertain ones among the points."""
 
@@ -35,6 +39,60 @@ def mask_losses(logits: Tensor, targets: Tensor) -> Tensor:
     area = (chance / DICE_SCALE).sum(1) + (truth / DICE_SCALE).sum(1)
     dice = 1 - (overlap + DICE_EPS) / (area + DICE_EPS)
     return torch.stack([entropy.sum(1) / counts, dice], dim=1)
+
+
+def pointing_losses(fit: Tensor, masks: Tensor) -> Tensor:
+    """Return the cross-entropy between what the encoder points at and how much of each patch is meant.
+
+    Args:
+        fit: logits of patches, float [n, g, g]; the grid covers the whole image.
+        masks: uint8 [n, H, W] at the image's size, as `targets` of `mask_losses`.
+
+    Returns:
+        float32 [n], mean over the patches, each weighted by its share of pixels that count.
+    """
+    share, counts = patch_shares(masks, fit.shape[-1])
+    truth = share / counts.clamp(min=1e-6)
+    entropy = F.binary_cross_entropy_with_logits(fit.float(), truth, reduction="none") * counts
+    return entropy.flatten(1).sum(1) / counts.flatten(1).sum(1).clamp(min=1e-6)
+
+
+def patch_shares(masks: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Return how much of each patch is meant, and how much of it counts, float [n, side, side] in 0..1."""
+    return tuple(F.adaptive_avg_pool2d(part.float(), side) for part in (masks == 1, masks != IGNORE))
+
+
+def contrast_losses(words: Tensor, patches: Tensor, image_index: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """Return the cross-entropy of each phrase's search for its patches among those of all images.
+
+    As the contrast of images and captions in CLIP (arXiv 2103.00020), with patches in the place of images.
+
+    Args:
+        words: float [N, D]; patches: float [B, P, D], rows of a square grid; image_index: int64 [N].
+        masks: per image, as in `pointing_losses`.
+
+    Returns:
+        float32 [N], 0 for a phrase that means nothing.
+    """
+    count = patches.shape[1]
+    found = F.normalize(words.float(), dim=-1) @ F.normalize(patches.float().flatten(0, 1), dim=-1).T
+    share = torch.cat([patch_shares(part, math.isqrt(count))[0] for part in masks]).flatten(1)
+    share = share / share.sum(1, keepdim=True).clamp(min=1e-6)
+    own = (found / TEMPERATURE).log_softmax(1).unflatten(1, (-1, count))[torch.arange(len(words)), image_index]
+    return -(share * own).sum(1)
+
+
+def iou_losses(scores: Tensor, logits: Tensor, masks: Tensor) -> Tensor:
+    """Return the squared errors of predicted IoU, float32 [n].
+
+    Args:
+        scores: predicted IoU, float [n].
+        logits: float [n, H, W]; masks: uint8 of the same shape, as `targets` of `mask_losses`. Where nothing is meant
+            the IoU is 0, whatever is predicted: the score says how likely the mask is what was asked for.
+    """
+    predicted, target = (logits > 0) & (masks != IGNORE), masks == 1
+    both, either = ((predicted & target).flatten(1).sum(1), (predicted | target).flatten(1).sum(1))
+    return (scores.float() - both / either.clamp(min=1)) ** 2
 
 
 def point_losses(logits: Tensor, targets: Tensor, spec: ImageSpec, points: int) -> Tensor:

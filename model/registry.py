@@ -3,6 +3,7 @@
 import fnmatch
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from configs.loader import encoder_configs, segmenter_configs
 from configs.schema import EfficientSAMConfig, ModelConfig, SAM2Config, SAMConfig, SegmenterConfig
@@ -37,6 +38,9 @@ RELEASED = {
 }
 """Published name -> segmenter, BEiT-3 scale, hub id (None: announced, but the weights were never published)."""
 
+BUNDLED = {"nano": ("efficient-sam-nano", "nano")}
+"""Name of a model that comes with the repository, in `assets/checkpoints/` -> (segmenter, BEiT-3 scale)."""
+
 MODEL_TYPES = {"ori": "sam", "sam2": "sam2", "effi": "efficient_sam"}
 """The published `--model_type` values and the family each stands for."""
 
@@ -59,7 +63,7 @@ def _table() -> dict[str, ModelConfig]:
         for scale, encoder in encoders.items():
             model = ModelConfig(name, family, config, scale, encoder)
             table[model.name] = model
-    for name, (segmenter, scale, _) in RELEASED.items():
+    for name, (segmenter, scale, *_) in (RELEASED | BUNDLED).items():
         table[name] = table[f"evf-{segmenter}-{scale}"]
     return table
 
@@ -86,6 +90,11 @@ def model_config(name: str) -> ModelConfig:
 def hub_id(name: str) -> str | None:
     """Return where the weights of a registry name were published, or None."""
     return RELEASED[name][2] if name in RELEASED else None
+
+
+def bundled_folder(name: str) -> Path | None:
+    """Return where the weights lie that come with the repository, or None."""
+    return Path(__file__).resolve().parents[1] / "assets" / "checkpoints" / name if name in BUNDLED else None
 
 
 def depth_of(segmenter: SegmenterConfig) -> int:

@@ -18,8 +18,8 @@ from .checkpoints.files import Checkpoint
 from .checkpoints.load import find_source, load_model, save_model
 from .checkpoints.rules import OURS, KeyMap, check_keys, named_tensors
 from .evf import EVFModel
-from .freeze import PartReport, Probe, choose_trained, leave_out_idle, report
-from .losses import mask_losses, point_losses
+from .freeze import DEFAULT_LOSS, PartReport, Probe, choose_trained, leave_out_idle, report
+from .losses import contrast_losses, iou_losses, mask_losses, point_losses, pointing_losses
 from .types import ImageFeatures
 
 
@@ -48,26 +48,44 @@ class TrainingStep(nn.Module):
         image_index: Tensor,
         masks: Sequence[Tensor],
     ) -> Tensor:
-        """Return the two losses of each phrase, float32 [N, 2]: cross-entropy and dice.
+        """Return the losses of each phrase, float32 [N, L], in the order of `LossArgs.terms`.
 
         Args:
             image: segmenter pixels float [B, 3, S, S], or features.
             encoder_pixels, ids, padding, image_index: as `EVFModel.forward`.
             masks: per image uint8 [n_i, H_i, W_i] of 0, 1 and 255 (does not count), in the order of the phrases.
         """
-        features = image if isinstance(image, ImageFeatures) else self.encode_images(image)
-        output = self.model(features, encoder_pixels, ids, padding, image_index)
-        return self.losses(output.logits, image_index, masks)
+        counts, columns, asked = [len(part) for part in masks], [], self.loss.asked()
+        if self.loss.needs_masks:
+            features = image if isinstance(image, ImageFeatures) else self.encode_images(image)
+            output = self.model(features, encoder_pixels, ids, padding, image_index, **asked)
+            columns.append(self.losses(output.logits, image_index, masks))
+            said = output.encoder
+        else:
+            fused = self.loss.pointing > 0
+            said = self.model.encoder(encoder_pixels, ids, padding, image_index, fused=fused, **asked)
+        if self.loss.pointing:
+            pairs = zip(said.fit.split(counts), masks, strict=True)
+            columns.append(torch.cat([pointing_losses(*pair) for pair in pairs])[:, None])
+        if self.loss.contrast:
+            columns.append(contrast_losses(said.words, said.patches, image_index, masks)[:, None])
+        if self.loss.iou:
+            images = self.full_size(output.logits.detach(), image_index, masks)
+            triples = zip(output.scores.split(counts), images, masks, strict=True)
+            columns.append(torch.cat([iou_losses(*triple) for triple in triples])[:, None])
+        return torch.cat(columns, dim=1)
 
     def losses(self, logits: Tensor, image_index: Tensor, masks: Sequence[Tensor]) -> Tensor:
-        """Return float32 [N, 2] from low-resolution logits [N, 4h, 4w]."""
-        counts = [len(part) for part in masks]
+        """Return cross-entropy and dice, float32 [N, 2], from low-resolution logits [N, 4h, 4w]."""
         if self.loss.points:
-            pairs = zip(logits.split(counts), masks, strict=True)
+            pairs = zip(logits.split([len(part) for part in masks]), masks, strict=True)
             return torch.cat([point_losses(part, truth, self.spec, self.loss.points) for part, truth in pairs])
-        sizes = [tuple(part.shape[-2:]) for part in masks]
-        images = self.model.segmenter.postprocess(logits, sizes, image_index)
+        images = self.full_size(logits, image_index, masks)
         return torch.cat([mask_losses(part, truth) for part, truth in zip(images, masks, strict=True)])
+
+    def full_size(self, logits: Tensor, image_index: Tensor, masks: Sequence[Tensor]) -> list[Tensor]:
+        """Return the logits at the size of the masks, per image [n_i, H_i, W_i]."""
+        return self.model.segmenter.postprocess(logits, [tuple(part.shape[-2:]) for part in masks], image_index)
 
 
 @dataclass(frozen=True)
@@ -85,8 +103,11 @@ class Trainable:
         save_model(self.model, folder, self.tokenizer.path, model_tensors(self.model, tensors))
 
 
-def prepare_model(args: ModelArgs) -> Trainable:
+def prepare_model(args: ModelArgs, loss: LossArgs = DEFAULT_LOSS) -> Trainable:
     """Load or build a model on the CPU in float32 and freeze what is not trained.
+
+    Args:
+        loss: says which parts get a gradient.
 
     Raises:
         TextSAMError: a checkpoint, name or tokenizer cannot be used.
@@ -114,12 +135,12 @@ def prepare_model(args: ModelArgs) -> Trainable:
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, but the encoder's table "
             f"{model.encoder.config.vocab_size}. Take the tokenizer that the encoder was trained with"
         )
-    probe = add_lora(model, args.lora_rank, args.lora_alpha) if args.lora_rank else leave_out_idle(model)
+    probe = add_lora(model, args.lora_rank, args.lora_alpha, loss) if args.lora_rank else leave_out_idle(model, loss)
     model.encoder.gradient_checkpointing = args.gradient_checkpointing
     return Trainable(model, tokenizer, report(model, probe.idle), [f"model.{name}" for name in probe.outside])
 
 
-def add_lora(model: EVFModel, rank: int, alpha: float) -> Probe:
+def add_lora(model: EVFModel, rank: int, alpha: float, loss: LossArgs = DEFAULT_LOSS) -> Probe:
     """Put trainable low-rank updates (arXiv 2106.09685) on the encoder's linear layers, its weights frozen.
 
     Layers that no gradient reaches get none.
@@ -133,7 +154,7 @@ def add_lora(model: EVFModel, rank: int, alpha: float) -> Probe:
         raise MissingPackageError("model.lora_rank needs peft. Run: pip install peft") from None
 
     model.encoder.requires_grad_(True)
-    probe = leave_out_idle(model)
+    probe = leave_out_idle(model, loss)
     linear = [name for name, module in model.encoder.named_modules() if isinstance(module, nn.Linear)]
     linear = [name for name in linear if f"encoder.{name}.weight" not in probe.idle]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear), model.encoder)

@@ -1,7 +1,7 @@
 """What flows between the parts of a model. The shape legend is in `model/__init__.py`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -86,18 +86,37 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class EncoderOutput:
+    """What the encoder says of N phrases on B images; training may ask for more than the first.
+
+    * `vector`: the [CLS] vector, float [N, D]; None where phrases and images were read apart alone.
+    * `fit`: logits of the image's patches, float [N, g, g]: how near the [CLS] vector is to the tokens that the last
+      layer reads, normalised as it is.
+    * `patches`: tokens of the images read without a phrase, float [B, g * g, D].
+    * `words`: mean tokens of the phrases read without an image, float [N, D].
+    """
+
+    vector: Tensor | None
+    fit: Tensor | None = None
+    patches: Tensor | None = None
+    words: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class EVFOutput:
     """What one forward returns.
 
     * `prediction`: all masks of the N phrases; `selected`: int64 [N], which of them the family's rule takes.
     * `prompt`: float [N, 256], the sparse prompt that each phrase became; None where there was no phrase.
     * `features`: of the images, for the next call.
+    * `encoder`: what the encoder said; None where there was no phrase.
     """
 
     prediction: MaskPrediction
     selected: Tensor
     features: ImageFeatures
-    prompt: Tensor | None = field(default=None)
+    prompt: Tensor | None = None
+    encoder: EncoderOutput | None = None
 
     @property
     def logits(self) -> Tensor:

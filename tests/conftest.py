@@ -15,10 +15,10 @@ from model.registry import model_config
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "assets" / "tokenizer"
-NANO = {
-    "sam": "evf-sam-vit-nano-nano",
-    "sam2": "evf-sam2-hiera-nano-nano",
-    "efficient_sam": "evf-efficient-sam-nano-nano",
+PICO = {
+    "sam": "evf-sam-vit-pico-pico",
+    "sam2": "evf-sam2-hiera-pico-pico",
+    "efficient_sam": "evf-efficient-sam-pico-pico",
 }
 """Family -> registry name of a model that is small enough to run in a test."""
 
@@ -29,20 +29,20 @@ def _one_thread():
 
 
 @cache
-def _nano_model(family: str):
+def _pico_model(family: str):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return build_model(model_config(NANO[family]))
+        return build_model(model_config(PICO[family]))
 
 
-def nano_model(family: str):
-    """Return a nano model of one's own, always with the same random weights."""
-    return copy.deepcopy(_nano_model(family))
+def pico_model(family: str):
+    """Return a pico model of one's own, always with the same random weights."""
+    return copy.deepcopy(_pico_model(family))
 
 
 def lively_model(family, seed=1):
     """Return a model whose masks differ between phrases: a fresh one maps all of them to nearly one prompt."""
-    model = nano_model(family)
+    model = pico_model(family)
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -54,20 +54,20 @@ def lively_model(family, seed=1):
 
 
 @pytest.fixture(scope="session")
-def nano_folders(tmp_path_factory):
+def pico_folders(tmp_path_factory):
     """Family -> checkpoint folder in the published layout; read only."""
     folders = {}
-    for family in NANO:
+    for family in PICO:
         folders[family] = tmp_path_factory.mktemp(family)
-        save_published(nano_model(family), folders[family], TOKENIZER)
+        save_published(pico_model(family), folders[family], TOKENIZER)
     return folders
 
 
 @pytest.fixture
-def nano_folder(nano_folders, tmp_path):
-    """Return a checkpoint folder of SAM 2 nano that a test may damage."""
+def pico_folder(pico_folders, tmp_path):
+    """Return a checkpoint folder of SAM 2 pico that a test may damage."""
     folder = tmp_path / "checkpoint"
-    shutil.copytree(nano_folders["sam2"], folder)
+    shutil.copytree(pico_folders["sam2"], folder)
     return folder
 
 

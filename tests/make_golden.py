@@ -1,4 +1,4 @@
-"""Write tests/golden/nano.npz: what the nano models answered when they agreed with the published code.
+"""Write tests/golden/pico.npz: what the pico models answered when they agreed with the published code.
 
 python -m tests.make_golden        # only after the conformance tests passed; say in the commit why the numbers moved
 """
@@ -13,15 +13,15 @@ from model.checkpoints.rules import named_tensors
 from model.predictor import ImagePredictor, build_predictor
 from utils.tokenizer import PhraseTokenizer
 
-from .conftest import NANO, TOKENIZER, make_picture, nano_model
+from .conftest import PICO, TOKENIZER, make_picture, pico_model
 
-PATH = Path(__file__).parent / "golden" / "nano.npz"
+PATH = Path(__file__).parent / "golden" / "pico.npz"
 PHRASES = ["the red box", "a blue square on the right"]
 
 
 def golden_predictor(family: str) -> ImagePredictor:
-    """Return a nano predictor whose weights depend on nothing but their names."""
-    model = nano_model(family)
+    """Return a pico predictor whose weights depend on nothing but their names."""
+    model = pico_model(family)
     with torch.no_grad():
         for name, tensor in named_tensors(model).items():
             key = int.from_bytes(hashlib.sha256(f"{family}:{name}".encode()).digest()[:8], "little")
@@ -48,4 +48,4 @@ def answers(family: str) -> dict[str, np.ndarray]:
 
 if __name__ == "__main__":
     PATH.parent.mkdir(exist_ok=True)
-    np.savez_compressed(PATH, **{key: value for family in NANO for key, value in answers(family).items()})
+    np.savez_compressed(PATH, **{key: value for family in PICO for key, value in answers(family).items()})

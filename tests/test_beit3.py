@@ -33,7 +33,7 @@ def inputs():
 def test_cls_only_path_equals_all_tokens(encoder, inputs):
     pixels, ids, index = inputs
     padding = torch.arange(9) >= torch.tensor([9, 5, 3, 9, 7])[:, None]
-    fast = encoder(pixels, ids, padding, index)
+    fast = encoder(pixels, ids, padding, index).vector
     slow, _ = encoder.forward_all(pixels, ids, padding, index)
     assert torch.allclose(fast, slow[:, 0], atol=1e-5)
 
@@ -43,34 +43,34 @@ def test_padded_equals_unpadded(encoder, inputs):
     """Garbage in padded places, and how much of it there is, changes nothing."""
     pixels, ids, index = inputs
     lengths = torch.tensor([9, 5, 3, 9, 7])
-    batch = encoder(pixels, ids, torch.arange(9) >= lengths[:, None], index)
+    batch = encoder(pixels, ids, torch.arange(9) >= lengths[:, None], index).vector
     for i, length in enumerate(lengths):
-        alone = encoder(pixels[index[i]][None], ids[i : i + 1, :length])
+        alone = encoder(pixels[index[i]][None], ids[i : i + 1, :length]).vector
         assert torch.allclose(batch[i], alone[0], atol=1e-5)
     noisy = torch.where(torch.arange(9) >= lengths[:, None], (ids * 7) % 50, ids)
-    assert torch.allclose(encoder(pixels, noisy, torch.arange(9) >= lengths[:, None], index), batch, atol=1e-6)
+    assert torch.allclose(encoder(pixels, noisy, torch.arange(9) >= lengths[:, None], index).vector, batch, atol=1e-6)
 
 
 @torch.no_grad()
 def test_image_is_shared_or_indexed(encoder, inputs):
     pixels, ids, index = inputs
-    assert torch.allclose(encoder(pixels, ids, None, index), encoder(pixels[index], ids), atol=1e-6)
-    one = encoder(pixels[:1], ids)
-    assert torch.allclose(one, encoder(pixels[:1].expand(5, -1, -1, -1), ids), atol=1e-6)
+    assert torch.allclose(encoder(pixels, ids, None, index).vector, encoder(pixels[index], ids).vector, atol=1e-6)
+    one = encoder(pixels[:1], ids).vector
+    assert torch.allclose(one, encoder(pixels[:1].expand(5, -1, -1, -1), ids).vector, atol=1e-6)
 
 
 @torch.no_grad()
 def test_every_input_matters(encoder, inputs):
     pixels, ids, index = inputs
-    before = encoder(pixels, ids, None, index)
+    before = encoder(pixels, ids, None, index).vector
     other_word = ids.clone()
     other_word[:, 4] = (ids[:, 4] + 3) % 50
     swapped = ids.clone()
     swapped[:, [2, 3]] = ids[:, [3, 2]]
     for after in (
-        encoder(pixels, other_word, None, index),
-        encoder(pixels, swapped, None, index),
-        encoder(pixels.flip(-1), ids, None, index),
+        encoder(pixels, other_word, None, index).vector,
+        encoder(pixels, swapped, None, index).vector,
+        encoder(pixels.flip(-1), ids, None, index).vector,
     ):
         assert (after - before).abs().amax(dim=1).min() > 1e-4
 
@@ -79,7 +79,7 @@ def test_gradients_reach_what_the_cls_reads(encoder, inputs):
     """In the last layer nothing that feeds only text outputs is computed, so it has no gradient."""
     pixels, ids, index = inputs
     encoder.zero_grad()
-    encoder(pixels, ids, None, index).square().sum().backward()
+    encoder(pixels, ids, None, index).vector.square().sum().backward()
     unused = {name for name, parameter in encoder.named_parameters() if parameter.grad is None}
     last = f"layers.{CONFIG.layers - 1}."
     text_only = tuple(f"self_attn.{part}.B" for part in ("q_proj", "inner_attn_ln", "out_proj"))

@@ -18,7 +18,7 @@ from datasets.loading import evaluation_batches
 from model.checkpoints.load import save_published
 from model.predictor import build_predictor, load_predictor
 from tests import dataset_layouts as layouts
-from tests.conftest import NANO, ROOT, TOKENIZER, lively_model, make_picture
+from tests.conftest import PICO, ROOT, TOKENIZER, lively_model, make_picture
 from utils import evaluator
 from utils.distributed import Ranks
 from utils.errors import CheckpointError, DataError, ImageError, ModelError, PromptError, TextSAMError, TrainingError
@@ -343,7 +343,7 @@ class TestRefused:
             ({"val_dataset": "refcocoo|unc|val"}, DataError, ["'refcocoo|unc|val'", "Did you mean 'refcoco|unc|val'"]),
             ({"val_dataset": "absent.jsonl"}, DataError, ["absent.jsonl"]),
             ({"dataset_dir": "/nowhere"}, DataError, ["refs(unc).p", "/nowhere"]),
-            ({"model_type": "sam2"}, ModelError, ["--model_type sam2", NANO["efficient_sam"], "give effi"]),
+            ({"model_type": "sam2"}, ModelError, ["--model_type sam2", PICO["efficient_sam"], "give effi"]),
             ({"version": "/nowhere/evf"}, CheckpointError, ["/nowhere/evf"]),
             ({"image_size": 448}, ModelError, ["--image_size 448", "224"]),
             ({"model_max_length": 5}, PromptError, ["allowed are 5", "the red thing"]),
@@ -407,7 +407,7 @@ class TestRefused:
         assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture(scope="module", params=sorted(NANO))
+@pytest.fixture(scope="module", params=sorted(PICO))
 def model(request):
     return lively_model(request.param).eval()
 

@@ -1,13 +1,13 @@
-"""The nano models still give the recorded numbers: catches a drift without the published code's golden data."""
+"""The pico models still give the recorded numbers: catches a drift without the published code's golden data."""
 
 import numpy as np
 import pytest
 
-from .conftest import NANO
+from .conftest import PICO
 from .make_golden import PATH, answers
 
 
-@pytest.mark.parametrize("family", sorted(NANO))
+@pytest.mark.parametrize("family", sorted(PICO))
 def test_recorded_numbers(family):
     with np.load(PATH) as golden:
         for key, value in answers(family).items():

@@ -19,7 +19,7 @@ from model import image_runner
 from model.checkpoints.load import save_published
 from model.image_runner import run
 from model.predictor import load_predictor
-from tests.conftest import NANO, ROOT, TOKENIZER, nano_model
+from tests.conftest import PICO, ROOT, TOKENIZER, pico_model
 from utils.errors import CheckpointError, ImageError, MissingPackageError, ModelError, PromptError
 from utils.masks import decode_rle
 
@@ -42,10 +42,10 @@ def out(tmp_path):
 
 
 @pytest.fixture
-def options(nano_folders, picture_path, out):
+def options(pico_folders, picture_path, out):
     """Return options that work: one image, one phrase, the CPU; a test changes what it is about."""
     return InferenceArgs(
-        str(nano_folders["efficient_sam"]), str(picture_path), ("the zebra",), vis_save_path=str(out), device="cpu"
+        str(pico_folders["efficient_sam"]), str(picture_path), ("the zebra",), vis_save_path=str(out), device="cpu"
     )
 
 
@@ -230,8 +230,8 @@ class TestOptionsRefused:
             ({"version": "evf-sam3"}, ModelError, ["'evf-sam3'", "Did you mean 'evf-sam", "tools.list_models"]),
             ({"version": "evf-effi-sam-l"}, ModelError, ["evf-effi-sam-l", "no published weights", "folder"]),
             ({"version": "/nowhere/evf"}, CheckpointError, ["/nowhere/evf", "Pass a folder"]),
-            ({"model_type": "sam2"}, ModelError, ["--model_type sam2", NANO["efficient_sam"], "give effi"]),
-            ({"model_type": "ori"}, ModelError, ["--model_type ori", NANO["efficient_sam"], "give effi"]),
+            ({"model_type": "sam2"}, ModelError, ["--model_type sam2", PICO["efficient_sam"], "give effi"]),
+            ({"model_type": "ori"}, ModelError, ["--model_type ori", PICO["efficient_sam"], "give effi"]),
             ({"image_size": 448}, ModelError, ["--image_size 448", "224"]),
             ({"load_in_8bit": True, "load_in_4bit": True}, ModelError, ["--load_in_8bit and --load_in_4bit", "one"]),
             ({"model_max_length": 2}, ModelError, ["--model_max_length 2", "512"]),
@@ -302,30 +302,30 @@ class RunsWhenLoaded:
 
 
 class TestCheckpointRefused:
-    def test_without_config(self, options, nano_folder):
-        (nano_folder / "config.json").unlink()
-        refused(change(options, version=nano_folder), CheckpointError, str(nano_folder), "no config.json", "Needed is")
+    def test_without_config(self, options, pico_folder):
+        (pico_folder / "config.json").unlink()
+        refused(change(options, version=pico_folder), CheckpointError, str(pico_folder), "no config.json", "Needed is")
 
     @pytest.mark.parametrize("content", ["{'model_type': 'evf'}", "", "[1]"])
-    def test_config_that_is_not_json(self, options, nano_folder, content):
-        (nano_folder / "config.json").write_text(content)
+    def test_config_that_is_not_json(self, options, pico_folder, content):
+        (pico_folder / "config.json").write_text(content)
         refused(
-            change(options, version=nano_folder), CheckpointError, "config.json", "" if content == "[1]" else "JSON"
+            change(options, version=pico_folder), CheckpointError, "config.json", "" if content == "[1]" else "JSON"
         )
 
-    def test_config_of_another_model(self, options, nano_folder):
-        (nano_folder / "config.json").write_text('{"model_type": "llama"}')
-        refused(change(options, version=nano_folder), CheckpointError, "'llama'", "'evf'")
+    def test_config_of_another_model(self, options, pico_folder):
+        (pico_folder / "config.json").write_text('{"model_type": "llama"}')
+        refused(change(options, version=pico_folder), CheckpointError, "'llama'", "'evf'")
 
-    def test_without_weights(self, options, nano_folder):
-        (nano_folder / "model.safetensors").unlink()
-        refused(change(options, version=nano_folder), CheckpointError, str(nano_folder), "model.safetensors")
+    def test_without_weights(self, options, pico_folder):
+        (pico_folder / "model.safetensors").unlink()
+        refused(change(options, version=pico_folder), CheckpointError, str(pico_folder), "model.safetensors")
 
     @pytest.mark.parametrize("kept", [0, 5, 10_000])
-    def test_truncated_weights(self, options, nano_folder, kept):
-        path = nano_folder / "model.safetensors"
+    def test_truncated_weights(self, options, pico_folder, kept):
+        path = pico_folder / "model.safetensors"
         path.write_bytes(path.read_bytes()[:kept])
-        refused(change(options, version=nano_folder), CheckpointError, "model.safetensors", "Download it again")
+        refused(change(options, version=pico_folder), CheckpointError, "model.safetensors", "Download it again")
 
     @pytest.mark.parametrize(
         ("edit", "parts"),
@@ -339,32 +339,32 @@ class TestCheckpointRefused:
         ],
         ids=["missing", "extra", "mis-shaped"],
     )
-    def test_tensor_that_does_not_fit(self, options, nano_folder, edit, parts):
-        edit_tensors(nano_folder, edit)
-        refused(change(options, version=nano_folder), CheckpointError, *parts, str(nano_folder), "again")
+    def test_tensor_that_does_not_fit(self, options, pico_folder, edit, parts):
+        edit_tensors(pico_folder, edit)
+        refused(change(options, version=pico_folder), CheckpointError, *parts, str(pico_folder), "again")
 
-    def test_every_missing_tensor_is_named(self, options, nano_folder):
+    def test_every_missing_tensor_is_named(self, options, pico_folder):
         gone = [f"mm_extractor.beit3.encoder.layers.{k}.ffn.A.fc1.bias" for k in range(4)]
-        edit_tensors(nano_folder, lambda tensors: [tensors.pop(name) for name in gone])
+        edit_tensors(pico_folder, lambda tensors: [tensors.pop(name) for name in gone])
         listed = "mm_extractor.beit3.encoder.layers.{0..3}.ffn.A.fc1.bias"
-        refused(change(options, version=nano_folder), CheckpointError, "4 missing", listed)
+        refused(change(options, version=pico_folder), CheckpointError, "4 missing", listed)
 
-    def test_missing_tokenizer(self, options, nano_folder):
-        (nano_folder / "sentencepiece.bpe.model").unlink()
-        refused(change(options, version=nano_folder), CheckpointError, "no tokenizer", "sentencepiece.bpe.model")
+    def test_missing_tokenizer(self, options, pico_folder):
+        (pico_folder / "sentencepiece.bpe.model").unlink()
+        refused(change(options, version=pico_folder), CheckpointError, "no tokenizer", "sentencepiece.bpe.model")
 
-    def test_damaged_tokenizer(self, options, nano_folder):
-        (nano_folder / "sentencepiece.bpe.model").write_bytes(b"")
-        refused(change(options, version=nano_folder), CheckpointError, "sentencepiece", "Take the file")
+    def test_damaged_tokenizer(self, options, pico_folder):
+        (pico_folder / "sentencepiece.bpe.model").write_bytes(b"")
+        refused(change(options, version=pico_folder), CheckpointError, "sentencepiece", "Take the file")
 
     @pytest.mark.parametrize("save", [partial(pickle.dump, protocol=2), torch.save], ids=["pickle", "torch"])
-    def test_pickle_that_would_run_code(self, options, nano_folder, tmp_path, save):
-        (nano_folder / "model.safetensors").unlink()
+    def test_pickle_that_would_run_code(self, options, pico_folder, tmp_path, save):
+        (pico_folder / "model.safetensors").unlink()
         marker = tmp_path / "it ran"
-        with (nano_folder / "pytorch_model.bin").open("wb") as file:
+        with (pico_folder / "pytorch_model.bin").open("wb") as file:
             save({"weight": RunsWhenLoaded(f"touch '{marker}'")}, file)
         refused(
-            change(options, version=nano_folder), CheckpointError, "pytorch_model.bin", "tensors alone", "safetensors"
+            change(options, version=pico_folder), CheckpointError, "pytorch_model.bin", "tensors alone", "safetensors"
         )
         assert not marker.exists()
 
@@ -372,7 +372,7 @@ class TestCheckpointRefused:
         from model.checkpoints.evf_sam import SEGMENTERS
         from model.checkpoints.rules import KeyMap, Section, named_tensors
 
-        targets = {f"segmenter.{name}": value for name, value in named_tensors(nano_model("sam").segmenter).items()}
+        targets = {f"segmenter.{name}": value for name, value in named_tensors(pico_model("sam").segmenter).items()}
         theirs = KeyMap(targets, (Section("segmenter.", "", SEGMENTERS["sam"].plain),)).theirs
         path = tmp_path / "sam.pth"
         torch.save({their: targets[our].detach() for our, (their, *_) in theirs.items()}, path)
@@ -381,9 +381,9 @@ class TestCheckpointRefused:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
-    """Return a folder with the SAM 2 nano weights in several .bin files; read only."""
+    """Return a folder with the SAM 2 pico weights in several .bin files; read only."""
     folder = tmp_path_factory.mktemp("shards")
-    save_published(nano_model("sam2"), folder, TOKENIZER, bin_shard_bytes=20 << 20)
+    save_published(pico_model("sam2"), folder, TOKENIZER, bin_shard_bytes=20 << 20)
     return folder
 
 
@@ -398,10 +398,10 @@ def shards_copy(shards, tmp_path):
 
 
 class TestShards:
-    def test_shards_and_safetensors_give_the_same(self, options, nano_folders, shards, tmp_path):
+    def test_shards_and_safetensors_give_the_same(self, options, pico_folders, shards, tmp_path):
         assert len(list(shards.glob("pytorch_model-*.bin"))) > 2
         logits = []
-        for version in (nano_folders["sam2"], shards):
+        for version in (pico_folders["sam2"], shards):
             folder = tmp_path / f"out of {version.name}"
             assert run(change(options, version=version, vis_save_path=folder, save_logits=True)) == 0
             logits.append(np.load(folder / "picture_logits.npy"))
@@ -429,9 +429,9 @@ class TestShards:
 
 
 class TestOneImage:
-    @pytest.mark.parametrize("family", NANO)
-    def test_files_of_one_phrase(self, options, nano_folders, picture, picture_path, out, family):
-        whole = change(options, version=nano_folders[family], save_mask=True, save_logits=True)
+    @pytest.mark.parametrize("family", PICO)
+    def test_files_of_one_phrase(self, options, pico_folders, picture, picture_path, out, family):
+        whole = change(options, version=pico_folders[family], save_mask=True, save_logits=True)
         assert run(whole) == 0
         assert names(out) == ["picture_logits.npy", "picture_mask.png", "picture_vis.png", "results.json"]
         mask = Image.open(out / "picture_mask.png")
@@ -508,9 +508,9 @@ class TestOneImage:
         assert run(change(options, prompt=("dog dog dog",), save_logits=True, vis_save_path=whole)) == 0
         np.testing.assert_array_equal(np.load(out / "picture_logits.npy"), np.load(whole / "picture_logits.npy"))
 
-    def test_fitting_model_type_is_accepted(self, options, nano_folders):
+    def test_fitting_model_type_is_accepted(self, options, pico_folders):
         for family, model_type in {"sam": "ori", "sam2": "sam2", "efficient_sam": "effi"}.items():
-            assert run(change(options, version=nano_folders[family], model_type=model_type)) == 0
+            assert run(change(options, version=pico_folders[family], model_type=model_type)) == 0
 
     @pytest.mark.parametrize("phrase", ["a\ndog", "chien élancé 狗", "a\u2028dog", "../../up"])
     def test_phrase_comes_back_as_it_was(self, options, out, phrase):
@@ -627,9 +627,9 @@ class TestAgain:
         after = tree_times(out)
         assert {name for name in after if after[name] != before[name]} == {"image3_vis.png", "results.json"}
 
-    def test_changed_files_are_done_again(self, options, images, picture, nano_folder, out):
+    def test_changed_files_are_done_again(self, options, images, picture, pico_folder, out):
         """Another image under the same name, and other weights in the same folder, are not what was done."""
-        whole = change(options, image_path=images, version=nano_folder)
+        whole = change(options, image_path=images, version=pico_folder)
         assert run(whole) == 0
         before = tree_times(out)
         Image.fromarray(picture[::-1]).save(images / "image3.png")
@@ -637,15 +637,15 @@ class TestAgain:
         changed = {name for name, time in tree_times(out).items() if time != before[name]}
         assert changed == {"image3_vis.png", "results.json"}
         before = tree_times(out)
-        weights = nano_folder / "model.safetensors"
+        weights = pico_folder / "model.safetensors"
         os.utime(weights, ns=(weights.stat().st_atime_ns, weights.stat().st_mtime_ns + 1))
         assert run(whole) == 0
         assert all(time != before[name] for name, time in tree_times(out).items())
 
-    def test_another_checkpoint_does_it_again(self, options, nano_folders, out):
+    def test_another_checkpoint_does_it_again(self, options, pico_folders, out):
         assert run(options) == 0
         first = results(out)
-        assert run(change(options, version=nano_folders["sam"])) == 0
+        assert run(change(options, version=pico_folders["sam"])) == 0
         assert results(out) != first
 
     @pytest.mark.parametrize("cut", ["", '{"image": "', "half a caf\u00e9".encode()[:-1]], ids=["clean", "cut", "byte"])

@@ -31,7 +31,7 @@ def boxes(tmp_path):
     categories = [{"id": 1, "name": "Box"}, {"id": 2, "name": "Square"}]
     path = tmp_path / "boxes.json"
     path.write_text(json.dumps({"images": records, "annotations": annotations, "categories": categories}))
-    save_model(build_model(model_config("sam-vit-nano")), tmp_path / "sam")
+    save_model(build_model(model_config("sam-vit-pico")), tmp_path / "sam")
     return tmp_path, folder, path
 
 

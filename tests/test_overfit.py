@@ -72,7 +72,7 @@ def test_eight_photographs_are_learned_by_heart(tmp_path):
     boxes = ("--annotations", tmp_path / "boxes.json", "--images", tmp_path, "--output", tmp_path / "eight.json")
     run("-m", "tools.make_masks", "--checkpoint", WEIGHTS, *boxes)
     run(
-        "train.py", "--model.name", "evf-sam2-hiera-tiny-nano", "--model.segmenter_checkpoint", WEIGHTS,
+        "train.py", "--model.name", "evf-sam2-hiera-tiny-pico", "--model.segmenter_checkpoint", WEIGHTS,
         "--model.tokenizer", TOKENIZER, "--model.max_length", 62, "--data.root", tmp_path, "--data.sets", "eight.json",
         "--data.sampling", "shuffle", "--data.batch_size", 8, "--data.workers", 0,
         "--data.feature_cache", tmp_path / "features", "--optim.lr", 1e-3, "--optim.steps", 250, "--optim.warmup", 20,

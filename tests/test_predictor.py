@@ -9,7 +9,7 @@ from model.predictor import build_predictor, load_predictor
 from utils.errors import ImageError, ModelError, PromptError
 from utils.tokenizer import PhraseTokenizer
 
-from .conftest import NANO, TOKENIZER, lively_model, nano_model
+from .conftest import PICO, TOKENIZER, lively_model, pico_model
 
 PHRASES = ["the cat", "a red box on the left", "blue square bottom right"]
 
@@ -20,7 +20,7 @@ def lively_predictor(family):
     return build_predictor(model, PhraseTokenizer(TOKENIZER, max_length=62))
 
 
-@pytest.fixture(scope="module", params=sorted(NANO))
+@pytest.fixture(scope="module", params=sorted(PICO))
 def predictor(request):
     return lively_predictor(request.param)
 
@@ -187,15 +187,15 @@ def test_predict_then_train(predictor, picture):
     model.zero_grad()
 
 
-def test_impossible_options(predictor, picture, nano_folders):
+def test_impossible_options(predictor, picture, pico_folders):
     with pytest.raises(ModelError, match="batch_size 0"):
         predictor.predict_batch([picture], ["a"], batch_size=0)
     with pytest.raises(PromptError, match="one entry per image"):
         predictor.predict_batch([picture] * 3, "cat")
     with pytest.raises(ModelError, match="evla"):
-        load_predictor(nano_folders["sam"], device="cpu", preprocessing="evla")
+        load_predictor(pico_folders["sam"], device="cpu", preprocessing="evla")
     with pytest.raises(PromptError, match="trunc"):
-        load_predictor(nano_folders["sam"], device="cpu", overlong="trunc")
+        load_predictor(pico_folders["sam"], device="cpu", overlong="trunc")
     with pytest.raises(ImageError, match="NoneType"):
         predictor.set_image(None)
 
@@ -209,15 +209,15 @@ def test_mixed_types(picture):
         assert predictor.predict(PHRASES, points=[[5, 5]]).logits.dtype == np.float32
 
 
-def test_points_keep_their_place_in_half_precision(nano_folders, picture):
+def test_points_keep_their_place_in_half_precision(pico_folders, picture):
     """One pixel more must still matter in bf16: the position code stays float32."""
-    predictor = load_predictor(nano_folders["sam2"], device="cpu", dtype=torch.bfloat16)
+    predictor = load_predictor(pico_folders["sam2"], device="cpu", dtype=torch.bfloat16)
     predictor.set_image(picture)
     segmenter = predictor.model.segmenter
     prompts = [predictor._prompts([[x, 100]], None, None, None, 0, (1024, 1024)) for x in (1000, 1001)]
     first, second = (segmenter.encode_prompts(p)[0] for p in prompts)
     assert (first - second).abs().max() > 1e-3
-    exact = load_predictor(nano_folders["sam2"], device="cpu").model.segmenter
+    exact = load_predictor(pico_folders["sam2"], device="cpu").model.segmenter
     for prompt, code in zip(prompts, (first, second), strict=True):
         assert (exact.encode_prompts(prompt)[0] - code).abs().max() < 0.02
 
@@ -231,37 +231,37 @@ def test_points_and_boxes_move_with_the_image(family, moved):
     assert prompts.boxes.tolist() == [moved]
 
 
-def test_models_of_one_part(tmp_path, nano_folders, picture):
+def test_models_of_one_part(tmp_path, pico_folders, picture):
     """A plain SAM-2 model resizes as Meta's predictor; a plain EfficientSAM can answer nothing."""
     from model import load_model
 
-    sam2 = build_predictor(load_model("sam2-hiera-nano", pretrained=False), None)
+    sam2 = build_predictor(load_model("sam2-hiera-pico", pretrained=False), None)
     assert sam2.image_spec.filter == "torch-antialias"
     with pytest.raises(ModelError, match="takes no prompts"):
-        build_predictor(load_model("efficient-sam-nano", pretrained=False), None)
+        build_predictor(load_model("efficient-sam-pico", pretrained=False), None)
     sam2.set_image(picture)
     with pytest.raises(PromptError, match="no phrase encoder"):
         sam2.predict("cat")
 
 
-def test_load_predictor(nano_folders, picture):
-    predictor = load_predictor(nano_folders["sam2"], device="cpu")
+def test_load_predictor(pico_folders, picture):
+    predictor = load_predictor(pico_folders["sam2"], device="cpu")
     predictor.set_image(picture)
     exact = predictor.predict("the cat")
-    half = load_predictor(nano_folders["sam2"], device="cpu", dtype=torch.bfloat16)
+    half = load_predictor(pico_folders["sam2"], device="cpu", dtype=torch.bfloat16)
     half.set_image(picture)
     rough = half.predict("the cat")
     assert rough.logits.dtype == np.float32
     assert np.abs(rough.logits - exact.logits).mean() < 0.1 * exact.logits.std() + 0.02
-    evaluation = load_predictor(nano_folders["sam2"], device="cpu", preprocessing="evaluation")
+    evaluation = load_predictor(pico_folders["sam2"], device="cpu", preprocessing="evaluation")
     evaluation.set_image(np.ascontiguousarray(np.tile(picture, (4, 4, 1))))  # larger than the input: filters differ
     inference = evaluation.predict("the cat").logits
     predictor.set_image(np.ascontiguousarray(np.tile(picture, (4, 4, 1))))
     assert np.abs(predictor.predict("the cat").logits - inference).max() > 1e-5
 
 
-def test_tokenizer_that_is_too_large(nano_folders):
-    model = nano_model("sam")
+def test_tokenizer_that_is_too_large(pico_folders):
+    model = pico_model("sam")
     model.encoder.config = type(model.encoder.config)(width=192, layers=4, heads=3, mlp_width=768, vocab_size=50)
     with pytest.raises(ModelError, match="table"):
         build_predictor(model, PhraseTokenizer(TOKENIZER))

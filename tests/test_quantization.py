@@ -10,7 +10,7 @@ from model.quantization import quantize_encoder
 from utils.errors import MissingPackageError
 from utils.tokenizer import PhraseTokenizer
 
-from .conftest import TOKENIZER, nano_model
+from .conftest import TOKENIZER, pico_model
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -18,8 +18,8 @@ from .conftest import TOKENIZER, nano_model
 def test_quantised_encoder(bits, picture):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
     tokenizer = PhraseTokenizer(TOKENIZER, max_length=62)
-    exact = build_predictor(nano_model("sam2"), tokenizer)
-    model = quantize_encoder(nano_model("sam2"), bits).to("cpu")
+    exact = build_predictor(pico_model("sam2"), tokenizer)
+    model = quantize_encoder(pico_model("sam2"), bits).to("cpu")
     packed = build_predictor(model, tokenizer)
     assert type(model.encoder.layers[0].ffn.A.fc1).__name__ in ("Linear8bitLt", "Linear4bit")
     assert type(model.projector.fc1) is torch.nn.Linear
@@ -27,7 +27,7 @@ def test_quantised_encoder(bits, picture):
                    for m in model.segmenter.modules())  # fmt: skip
     for predictor in (exact, packed):
         predictor.set_image(picture)
-    first, second = (p._image and p.model.encode_phrases(p._image.encoder_pixels, tokenizer(["a cat"])[0])
+    first, second = (p._image and p.model.encode_phrases(p._image.encoder_pixels, tokenizer(["a cat"])[0])[0]
                      for p in (exact, packed))  # fmt: skip
     error = (first - second).norm() / first.norm()
     assert 0 < error < (0.05 if bits == 8 else 0.3)
@@ -37,7 +37,7 @@ def test_quantised_encoder(bits, picture):
 def test_without_bitsandbytes(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(MissingPackageError, match="pip install bitsandbytes"):
-        quantize_encoder(nano_model("sam2"), 8)
+        quantize_encoder(pico_model("sam2"), 8)
 
 
 def test_attention_against_plain_arithmetic():

@@ -14,14 +14,14 @@ from model.segmenters.sam2 import SAM2Segmenter
 from model.types import ImageFeatures, MaskPrediction, Prompts
 from utils.errors import ModelError, PromptError
 
-from .conftest import NANO, nano_model
+from .conftest import PICO, pico_model
 
-FAMILIES = sorted(NANO)
+FAMILIES = sorted(PICO)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def segmenter(request):
-    return spread(nano_model(request.param).segmenter)
+    return spread(pico_model(request.param).segmenter)
 
 
 def spread(module, seed=0):
@@ -89,9 +89,9 @@ def test_selection_rules():
     logits = torch.arange(2 * 4 * 4.0).view(2, 4, 2, 2)
     prediction = MaskPrediction(logits, torch.tensor([[0.9, 0.1, 0.3, 0.2], [0.0, 0.5, 0.1, 0.4]]))
     with torch.device("meta"):
-        sam = SAMSegmenter(model_config("sam-vit-nano").segmenter)
-        sam2 = SAM2Segmenter(model_config("sam2-hiera-nano").segmenter)
-        efficient = EfficientSAMSegmenter(model_config("efficient-sam-nano").segmenter)
+        sam = SAMSegmenter(model_config("sam-vit-pico").segmenter)
+        sam2 = SAM2Segmenter(model_config("sam2-hiera-pico").segmenter)
+        efficient = EfficientSAMSegmenter(model_config("efficient-sam-pico").segmenter)
     assert sam.select(prediction).tolist() == [0, 0]
     assert efficient.select(prediction).tolist() == [0, 0]
     assert sam2.select(prediction).tolist() == [2, 1]
@@ -104,7 +104,7 @@ def test_selection_rules():
 
 def test_sam2_leaves_an_unstable_single_mask():
     with torch.device("meta"):
-        sam2 = SAM2Segmenter(model_config("sam2-hiera-nano").segmenter)
+        sam2 = SAM2Segmenter(model_config("sam2-hiera-pico").segmenter)
     stable = torch.full((1, 4, 10, 10), 3.0)
     unstable = stable.clone()
     unstable[0, 0, :5] = 0.01  # inside the mask, but within the margin of the threshold
@@ -113,7 +113,7 @@ def test_sam2_leaves_an_unstable_single_mask():
     assert sam2.select_for_prompts(prediction, is_ambiguous=True).tolist() == [2, 2]
 
 
-@pytest.mark.parametrize(("kind", "name"), [(SAMSegmenter, "sam-vit-nano"), (SAM2Segmenter, "sam2-hiera-nano")])
+@pytest.mark.parametrize(("kind", "name"), [(SAMSegmenter, "sam-vit-pico"), (SAM2Segmenter, "sam2-hiera-pico")])
 def test_fast_attention_equals_the_library(kind, name, pixels):
     """Outputs and gradients, in blocks with windows, without, and with pooled queries."""
     torch.manual_seed(0)
@@ -137,7 +137,7 @@ def test_fast_attention_equals_the_library(kind, name, pixels):
 def test_parts_equal_the_whole(family, part_bytes, pixels, monkeypatch):
     """A CPU encodes an image a few rows of windows at a time; with gradients, it does so at once."""
     torch.manual_seed(0)
-    model = spread(nano_model(family).segmenter)
+    model = spread(pico_model(family).segmenter)
     monkeypatch.setattr(base, "PART_BYTES", part_bytes)
     whole = model.encode_image(pixels).tensors()
     with torch.no_grad():
@@ -178,7 +178,7 @@ def test_half_precision(segmenter, pixels, sparse, dtype):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_postprocess_returns_each_image_at_its_size(family):
-    segmenter = nano_model(family).segmenter
+    segmenter = pico_model(family).segmenter
     sizes = [(40, 60), (60, 30)]
     logits = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
     first, second = segmenter.postprocess(logits, sizes, torch.tensor([1, 0, 1]))
@@ -190,7 +190,7 @@ def test_postprocess_returns_each_image_at_its_size(family):
 
 def test_letterbox_is_cut_off():
     """A mask in the padding of a wide image does not reach the image."""
-    segmenter = nano_model("sam").segmenter
+    segmenter = pico_model("sam").segmenter
     logits = torch.full((1, 64, 64), -1.0)
     logits[:, 34:] = 1.0  # the lower half of the square input, which is padding for a 2:1 image
     mask = segmenter.postprocess(logits, [(100, 200)], torch.zeros(1, dtype=torch.long))[0]
@@ -218,7 +218,7 @@ def test_geometric_prompts(segmenter, pixels):
 
 @pytest.mark.parametrize("version", ["2.0", "2.1"])
 def test_meta_build_leaves_no_buffer_behind(version):
-    config = model_config("sam2-hiera-nano")
+    config = model_config("sam2-hiera-pico")
     config = dataclasses.replace(config, segmenter=dataclasses.replace(config.segmenter, version=version))
     real = build_model(config).segmenter
     with torch.device("meta"):
@@ -231,7 +231,7 @@ def test_meta_build_leaves_no_buffer_behind(version):
 
 
 def test_configurations_that_cannot_work_are_refused():
-    config = model_config("sam2-hiera-nano").segmenter
+    config = model_config("sam2-hiera-pico").segmenter
     for change, word in (({"version": "3"}, "3"), ({"image_size": 250}, "250"), ({"global_blocks": (2,)}, "windows")):
         with pytest.raises(ModelError, match=word):
             dataclasses.replace(config, **change)
@@ -246,7 +246,7 @@ def test_compile_without_a_compiler_is_one_line(monkeypatch):
 
         return run
 
-    segmenter = nano_model("sam").segmenter
+    segmenter = pico_model("sam").segmenter
     monkeypatch.setattr(torch, "compile", fail)
     with pytest.raises(ModelError, match=r"No working C\+\+ compiler found\). Install") as error:
         segmenter.compile_image_encoder()

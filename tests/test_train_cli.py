@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.conftest import NANO, ROOT, TOKENIZER
+from tests.conftest import PICO, ROOT, TOKENIZER
 from tests.own_scenes import write_own
 from tests.test_synthetic import draw_sprites
 from tools.synthetic.generate import Recipe, generate
@@ -31,7 +31,7 @@ def own(tmp_path_factory):
 def experiment(own, tmp_path_factory):
     """Return a configuration file: a step of four images in two forwards, checkpoints at 2, 4 and 6."""
     values = {
-        "model": {"name": NANO["efficient_sam"], "tokenizer": str(TOKENIZER), "max_length": 62},
+        "model": {"name": PICO["efficient_sam"], "tokenizer": str(TOKENIZER), "max_length": 62},
         "data": {"root": str(own), "sets": ["own.jsonl"], "batch_size": 2, "workers": 0},
         "optim": {"steps": STEPS, "warmup": 2, "lr": 1e-3, "global_batch": 4},
         "run": {"device": "cpu", "save_every": 2, "log_every": 1},

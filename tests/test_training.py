@@ -14,8 +14,8 @@ from datasets.collate import Collate
 from datasets.mixture import Group, Mixture, Shares, spread, training_steps
 from datasets.sample import Sample
 from model.checkpoints.load import load_model, save_model
-from model.freeze import choose_trained, leave_out_idle, report, report_text
-from model.losses import mask_losses, point_losses
+from model.freeze import choose_trained, leave_out_idle, part_of, report, report_text
+from model.losses import contrast_losses, iou_losses, mask_losses, point_losses, pointing_losses
 from model.training import (
     BatchInputs,
     TrainingStep,
@@ -28,7 +28,7 @@ from model.training import (
     prepare_model,
     restore,
 )
-from tests.conftest import NANO, ROOT, TOKENIZER, make_picture, nano_model
+from tests.conftest import PICO, ROOT, TOKENIZER, make_picture, pico_model
 from tests.own_scenes import write_own
 from utils.engine import AccelerateEngine, OptimizerSettings, build_engine
 from utils.errors import CheckpointError, DataError, TrainingError
@@ -54,9 +54,9 @@ def make_samples(count=2, phrases=2):
 
 
 def make_step(family, args=None, loss=None):
-    model = nano_model(family)
+    model = pico_model(family)
     choose_trained(model, args or ModelArgs())
-    leave_out_idle(model)
+    leave_out_idle(model, loss or LossArgs())
     return TrainingStep(model.train(), loss or LossArgs())
 
 
@@ -124,10 +124,102 @@ def test_point_loss_trains():
     assert all(p.grad is not None for p in step.parameters() if p.requires_grad)
 
 
+def patches_by_hand(mask, side):
+    """Return the share of each patch that is 1, float [side * side]: the slow way."""
+    height, width = mask.shape[0] // side, mask.shape[1] // side
+    rows = [mask[y * height : (y + 1) * height] for y in range(side)]
+    return torch.tensor([float((row[:, x * width : (x + 1) * width] == 1).float().mean()) for row in rows
+                         for x in range(side)])  # fmt: skip
+
+
+def test_pointing_loss_asks_for_the_patches_of_what_is_meant():
+    torch.manual_seed(0)
+    masks = (torch.rand(3, 12, 20) > 0.7).to(torch.uint8)
+    fit = torch.randn(3, 4, 4, requires_grad=True)
+    found = pointing_losses(fit, masks)
+    for row, mask, value in zip(fit.flatten(1), masks, found, strict=True):
+        share = patches_by_hand(mask, 4)
+        chance = row.sigmoid()
+        expected = -(share * chance.log() + (1 - share) * (1 - chance).log()).mean()
+        assert torch.allclose(value, expected, atol=1e-6)
+    masks[0, :, 10:] = 255
+    pointing_losses(fit, masks)[0].backward()
+    assert fit.grad[0, :, 2:].abs().max() == 0 < fit.grad[0, :, :2].abs().min()
+
+
+def test_contrast_loss_looks_through_all_images():
+    torch.manual_seed(0)
+    words, patches = torch.randn(3, 6), torch.randn(2, 9, 6)
+    index = torch.tensor([0, 0, 1])
+    masks = [(torch.rand(2, 9, 9) > 0.8).to(torch.uint8), torch.zeros(1, 6, 6, dtype=torch.uint8)]
+    found = contrast_losses(words, patches, index, masks)
+    every = patches.reshape(18, 6)
+    for n in range(2):
+        cosines = torch.stack([torch.cosine_similarity(words[n], patch, dim=0) for patch in every]) / 0.07
+        share = patches_by_hand(masks[0][n], 3)
+        expected = -(share / share.sum() * cosines.log_softmax(0)[:9]).sum()
+        assert torch.allclose(found[n], expected, atol=1e-5)
+    assert found[2] == 0  # it means nothing, so it has nothing to find
+
+
+def test_iou_loss_wants_zero_where_nothing_is_meant():
+    logits = torch.tensor([[[1.0, -1.0], [1.0, 1.0]]] * 3)
+    masks = torch.tensor([[[1, 1], [1, 0]], [[0, 0], [0, 0]], [[1, 255], [1, 255]]], dtype=torch.uint8)
+    scores = torch.tensor([0.25, 0.25, 0.25])
+    expected = (scores - torch.tensor([2 / 4, 0.0, 1.0])) ** 2
+    assert torch.allclose(iou_losses(scores, logits, masks), expected)
+
+
+@pytest.mark.parametrize("family", sorted(PICO))
+def test_every_term_trains_on_its_own(family):
+    terms = {"pointing": 0.5, "contrast": 0.25, "iou": 2.0}
+    loss = LossArgs(**terms)
+    assert list(loss.terms()) == ["bce", "dice", *terms] and loss.terms()["iou"] == 2.0
+    step = make_step(family, ModelArgs(train_mask_decoder=True), loss)
+    batch = make_batch(step)
+    losses = step(*BatchInputs(step)(batch))
+    assert losses.shape == (len(batch.phrases), 5) and losses.isfinite().all()
+    plain = TrainingStep(step.model, LossArgs())(*BatchInputs(step)(batch))
+    assert torch.allclose(losses[:, :2], plain)
+    parts = {}
+    for n, name in enumerate(loss.terms()):
+        step.zero_grad()
+        losses[:, n].sum().backward(retain_graph=True)
+        moved = {key for key, p in step.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+        parts[name] = {part_of(step.model, key.removeprefix("model.")) for key in moved}
+    assert parts["pointing"] == parts["contrast"] == {"encoder"}
+    assert "mask_decoder" in parts["iou"] and "encoder" in parts["bce"]
+
+
+def test_iou_head_is_trained_only_where_the_loss_asks_for_it():
+    for loss in (LossArgs(), LossArgs(iou=1)):
+        model = pico_model("efficient_sam").requires_grad_(True)
+        idle = leave_out_idle(model, loss).idle
+        assert any("iou_prediction_head" in name for name in idle) != bool(loss.iou)
+
+
+@pytest.mark.parametrize("weights", [{"contrast": 1.0}, {"pointing": 1.0}, {"pointing": 1.0, "contrast": 1.0}])
+def test_the_encoder_can_be_trained_without_masks(weights):
+    loss = LossArgs(bce=0, dice=0, **weights)
+    step = make_step("sam", ModelArgs(train_image_encoder=True), loss)
+    trained = {
+        part_of(step.model, name.removeprefix("model.")) for name, p in step.named_parameters() if p.requires_grad
+    }
+    assert trained == {"encoder"} and list(loss.terms()) == list(weights)
+    losses = step(*BatchInputs(step)(make_batch(step)))
+    assert losses.shape[1] == len(weights)
+    losses.sum().backward()
+    for name, parameter in step.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    whole = make_step("sam", ModelArgs(train_image_encoder=True), LossArgs(**weights))
+    batch = make_batch(whole)
+    assert torch.allclose(whole(*BatchInputs(whole)(batch))[:, 2:], losses, atol=1e-6)
+
+
 # what is trained
 
 
-@pytest.mark.parametrize("family", sorted(NANO))
+@pytest.mark.parametrize("family", sorted(PICO))
 def test_what_is_trained_gets_a_gradient_and_nothing_else_does(family):
     step = make_step(family)
     model = step.model
@@ -142,9 +234,9 @@ def test_what_is_trained_gets_a_gradient_and_nothing_else_does(family):
 
 
 def test_idle_parameters_would_get_no_gradient():
-    model = nano_model("sam")
+    model = pico_model("sam")
     model.requires_grad_(True)
-    idle = leave_out_idle(nano_with(model)).idle
+    idle = leave_out_idle(pico_with(model)).idle
     model.train()
     step = TrainingStep(model, LossArgs())
     step(*BatchInputs(step)(make_batch(step))).sum().backward()
@@ -152,7 +244,7 @@ def test_idle_parameters_would_get_no_gradient():
     assert silent == set(idle) and any("mask_token" in name for name in idle)
 
 
-def nano_with(model):
+def pico_with(model):
     """Return a copy, so that the probe cannot change what is compared with it."""
     import copy
 
@@ -172,9 +264,9 @@ def test_parts_can_be_chosen():
 
 def test_a_model_without_encoder_is_refused():
     with pytest.raises(TrainingError, match="no encoder"):
-        prepare_model(ModelArgs(name="sam-vit-nano", tokenizer=str(TOKENIZER)))
+        prepare_model(ModelArgs(name="sam-vit-pico", tokenizer=str(TOKENIZER)))
     with pytest.raises(TrainingError, match="tokenizer is not set"):
-        prepare_model(ModelArgs(name=NANO["sam"]))
+        prepare_model(ModelArgs(name=PICO["sam"]))
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -202,7 +294,7 @@ def train_a_little(step, steps=2, rate=1e-2):
 
 def test_lora_trains_little_and_is_merged_when_saved(tmp_path):
     def fresh():
-        model = nano_model("efficient_sam")
+        model = pico_model("efficient_sam")
         choose_trained(model, ModelArgs(lora_rank=4))
         before = sum(p.numel() for p in model.encoder.parameters())
         add_lora(model, 4, 8.0)
@@ -211,7 +303,7 @@ def test_lora_trains_little_and_is_merged_when_saved(tmp_path):
         return TrainingStep(model.train(), LossArgs())
 
     step = fresh()
-    plain = TrainingStep(nano_model("efficient_sam"), LossArgs())
+    plain = TrainingStep(pico_model("efficient_sam"), LossArgs())
     batch = make_batch(plain)
     assert torch.allclose(step(*BatchInputs(step)(batch)), plain(*BatchInputs(plain)(batch)))  # updates begin at zero
     after = train_a_little(step)
@@ -227,7 +319,7 @@ def test_lora_trains_little_and_is_merged_when_saved(tmp_path):
 
 
 def test_restore_refuses_another_architecture(tmp_path):
-    save_model(nano_model("sam"), tmp_path)
+    save_model(pico_model("sam"), tmp_path)
     with pytest.raises(CheckpointError):
         restore(make_step("sam2"), tmp_path, {})
 
@@ -235,7 +327,7 @@ def test_restore_refuses_another_architecture(tmp_path):
 # feature cache
 
 
-@pytest.mark.parametrize("family", sorted(NANO))
+@pytest.mark.parametrize("family", sorted(PICO))
 def test_cached_features_give_the_same_losses(family, tmp_path):
     step = make_step(family)
     cache = open_cache(step, str(tmp_path), "fp32")
@@ -446,7 +538,7 @@ def test_experiments_can_be_read(path):
         ({"optim": {"betas": [0.9]}}, "list of 2"),
         ({"data": {"sampling": "all"}}, "random, shuffle"),
         ({"data": {"sets": ["a", "b"], "rates": [1]}}, "Give one for each"),
-        ({"loss": {"bce": 0, "dice": 0}}, "not both 0"),
+        ({"loss": {"bce": 0, "dice": 0}}, "every weight of loss is 0"),
         ({"model": {"checkpoint": "a", "encoder_checkpoint": "b"}}, "one or the other"),
         ({"dry_run": 1}, "true or false"),
         ([], "keys and values"),

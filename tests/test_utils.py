@@ -17,7 +17,7 @@ from model.checkpoints.evf_sam import sections
 from model.checkpoints.load import build_model
 from model.checkpoints.rules import KeyMap, named_tensors
 from model.registry import list_models, model_config
-from tests.conftest import NANO, TOKENIZER
+from tests.conftest import PICO, TOKENIZER
 from utils.distributed import Ranks
 from utils.errors import CheckpointError, ModelError, PromptError, TextSAMError, compress_names, nearest, run_main
 from utils.files import atomic_path, write_json
@@ -225,14 +225,14 @@ def expand(text):
 
 
 def published_keys(family):
-    """Return the tensor names of a published nano checkpoint."""
+    """Return the tensor names of a published pico checkpoint."""
     with torch.device("meta"):
-        model = build_model(model_config(NANO[family]))
+        model = build_model(model_config(PICO[family]))
     return list(KeyMap(named_tensors(model), sections(family)).ours)
 
 
 class TestErrors:
-    @pytest.mark.parametrize("family", NANO)
+    @pytest.mark.parametrize("family", PICO)
     @pytest.mark.parametrize("step", [1, 2, 3, 7])
     def test_compressed_names_are_all_there(self, family, step):
         names = published_keys(family)[::step]
@@ -441,7 +441,7 @@ class TestVisualize:
         np.testing.assert_array_equal(np.array(Image.open(tmp_path / "new" / "a.png")), picture)
 
 
-NANO_BEIT3 = {"width": 192, "layers": 4, "heads": 3, "mlp_width": 768}
+PICO_BEIT3 = {"width": 192, "layers": 4, "heads": 3, "mlp_width": 768}
 SAM_VALUES = {"width": 96, "layers": 4, "heads": 3, "global_blocks": [1, 3]}
 
 
@@ -453,7 +453,7 @@ class TestFromMapping:
 
     def test_unknown_key_is_named_with_the_nearest(self):
         with pytest.raises(ModelError, match=r"here: unknown key 'widht'. Known: width, .* Did you mean 'width'"):
-            from_mapping(BEiT3Config, {**NANO_BEIT3, "widht": 1}, "here")
+            from_mapping(BEiT3Config, {**PICO_BEIT3, "widht": 1}, "here")
 
     def test_missing_keys_are_named(self):
         with pytest.raises(ModelError, match=r"here: missing key 'layers', 'mlp_width'"):
@@ -462,13 +462,13 @@ class TestFromMapping:
     @pytest.mark.parametrize("value", ["192", 192.0, True, None, 0, -3, [192]])
     def test_wrong_type_or_range_is_named(self, value):
         with pytest.raises(ModelError, match=r"here: width is .*, needed is a positive whole number"):
-            from_mapping(BEiT3Config, {**NANO_BEIT3, "width": value}, "here")
+            from_mapping(BEiT3Config, {**PICO_BEIT3, "width": value}, "here")
 
     @pytest.mark.parametrize(
         ("kind", "values", "named"),
         [
-            (BEiT3Config, {**NANO_BEIT3, "heads": 5}, "192 is not a multiple of 5 heads"),
-            (BEiT3Config, {**NANO_BEIT3, "image_size": 225}, "225 is not a multiple of patch_size 16"),
+            (BEiT3Config, {**PICO_BEIT3, "heads": 5}, "192 is not a multiple of 5 heads"),
+            (BEiT3Config, {**PICO_BEIT3, "image_size": 225}, "225 is not a multiple of patch_size 16"),
             (SAMConfig, {**SAM_VALUES, "image_size": 1000}, "1000 is not a multiple of 16"),
             (EfficientSAMConfig, {"width": 100, "heads": 3}, "100 is not a multiple of 3 heads"),
             (SAM2Config, "version", "version '3.0': known are '2.0' and '2.1'"),

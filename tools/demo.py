@@ -1,4 +1,4 @@
-"""Run the whole pipeline on a photograph, offline, with an UNTRAINED nano model: python -m tools.demo."""
+"""Run the whole pipeline on a photograph, offline, with an UNTRAINED pico model: python -m tools.demo."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from configs.cli import parse
 from utils.errors import run_main
 
 NOTICE = """
-These masks mean nothing yet: the nano model is UNTRAINED, its weights are random.
+These masks mean nothing yet: the pico model is UNTRAINED, its weights are random.
 What ran is real: checkpoint folder, tokenizer, BEiT-3, SAM-2 decoder, pictures, results.json.
 With a trained checkpoint:  python inference.py --version FOLDER --image_path IMAGE --prompt "the zebra top left"
 """
@@ -15,7 +15,7 @@ With a trained checkpoint:  python inference.py --version FOLDER --image_path IM
 
 @dataclass(frozen=True)
 class Args:
-    """Run the whole pipeline on a photograph, offline, with an untrained nano model."""
+    """Run the whole pipeline on a photograph, offline, with an untrained pico model."""
 
     image: str = "assets/astronaut.jpg"
     output: Path = Path("output/demo")
@@ -33,7 +33,7 @@ def main() -> int:
     from model.image_runner import run
 
     torch.manual_seed(args.seed)
-    model = load_model("evf-sam2-hiera-nano-nano", pretrained=False)
+    model = load_model("evf-sam2-hiera-pico-pico", pretrained=False)
     save_published(model, args.output / "checkpoint", "assets/tokenizer")
     status = run(
         InferenceArgs(

@@ -1,6 +1,7 @@
-"""Train a small sentencepiece tokenizer on generated phrases, for nano models and tests.
+"""Train a small sentencepiece tokenizer, on the phrases of data sets or on generated ones.
 
 python -m tools.train_tokenizer --output assets/tokenizer
+python -m tools.train_tokenizer --output runs/tokenizer --pieces 1200 --dataset_dir dataset --sets "grefcoco|unc|train"
 """
 
 import io
@@ -52,13 +53,30 @@ def phrases(seed: int = 0, count: int = 20_000) -> list[str]:
 
 @dataclass(frozen=True)
 class Args:
-    """Train a small sentencepiece tokenizer on generated phrases."""
+    """Train a small sentencepiece tokenizer."""
 
     output: Path
     """Folder for sentencepiece.bpe.model."""
     pieces: int = 600
     """Largest vocabulary; fewer where the phrases have no more words."""
     seed: int = 0
+    """Of the generated phrases."""
+    sets: tuple[str, ...] = ()
+    """Data sets whose phrases are learned from, such as "grefcoco|unc|train"; generated phrases where not given."""
+    dataset_dir: str = "dataset"
+    """Folder of the data sets, as published."""
+
+
+def phrases_of(sets: tuple[str, ...], root: str) -> list[str]:
+    """Return every phrase of some data sets.
+
+    Raises:
+        DataError: a set cannot be opened.
+    """
+    from datasets.catalog import open_dataset
+
+    opened = [open_dataset(name, root) for name in sets]
+    return [text for dataset in opened for index in range(len(dataset)) for text in dataset.phrases(index)]
 
 
 def main() -> int:
@@ -72,12 +90,12 @@ def main() -> int:
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(phrases(args.seed)),
+        sentence_iterator=iter(phrases_of(args.sets, args.dataset_dir) if args.sets else phrases(args.seed)),
         model_writer=model,
         vocab_size=args.pieces,
         model_type="unigram",
         hard_vocab_limit=False,
-        normalization_rule_name="identity",
+        normalization_rule_name="nmt_nfkc_cf" if args.sets else "identity",  # cf: "The Cat" is "the cat"
         num_threads=1,
         minloglevel=2,
     )

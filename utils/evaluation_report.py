@@ -112,6 +112,16 @@ def _fit(text: str, font: Any, width: int) -> str:
     return text
 
 
+def forms_of(dataset: Any, results: Sequence[PhraseResult], empty_pixels: int) -> dict[str, Any]:
+    """Return `{"forms": {form: metrics}}` where the data set says what its phrases go by, else {}."""
+    by_form: dict[str, list[PhraseResult]] = {}
+    for result in results:
+        by_form.setdefault(dataset.form(result.image, result.place), []).append(result)
+    if set(by_form) <= {""}:
+        return {}
+    return {"forms": {form: summarise(by_form[form], empty_pixels).to_json() for form in sorted(by_form)}}
+
+
 @dataclass(frozen=True)
 class Measured:
     """One data set's result.
@@ -133,6 +143,11 @@ class Measured:
         extra = [name for name in (*_PRECISION, "n_acc", "t_acc") if found.get(name) is not None]
         if extra:
             lines.append(", ".join(f"{_title(name)}: {found[name]:.4f}" for name in extra))
+        lines += [
+            f"  {form:12} {row['phrases']:>7} phrases  giou: {row['giou']:.4f}, ciou: {row['ciou']:.4f}"
+            + (f", N-acc: {row['n_acc']:.4f}" if row.get("n_acc") is not None else "")
+            for form, row in found.get("forms", {}).items()
+        ]
         return "\n".join([*lines, f"giou: {found['giou']:.4f}, ciou: {found['ciou']:.4f}"])
 
 
@@ -183,6 +198,7 @@ class Report:
             metrics = published_scores(results, published_world) | {"images": images, "processes": published_world}
         else:
             metrics = summarise(results, empty_pixels).to_json() | {"empty_pixels": empty_pixels}
+            metrics |= forms_of(dataset, results, empty_pixels)
         missing = len(dataset.missing)
         notes = [f"{missing} images missing"] if missing else []
         notes += [f"of the {len(dataset)} that there are"] if images < len(dataset) else []

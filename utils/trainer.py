@@ -157,13 +157,13 @@ class Trainer:
 
     def _step(self, batches: Sequence[Any]) -> tuple[dict[str, float], float, bool]:
         """Do one optimizer step; return what to log, the phrases of all ranks, and whether to stop."""
-        weights, world = self.config.loss, self.ranks.world
+        terms, world = self.config.loss.terms(), self.ranks.world
         torch.manual_seed(((self.config.run.seed * 1_000_003 + self.step) * 4099 + self.ranks.rank) % 2**63)
         batches = [batch.to(self.engine.device) for batch in batches]
         phrases = self._sum([sum(len(batch.phrases) for batch in batches)])[0]
         # Ranks may hold different numbers of phrases, and their gradients are averaged: the sum over all phrases is
         # divided by their number over all ranks, so that each phrase counts the same.
-        scale = torch.tensor([weights.bce, weights.dice], device=self.engine.device) * (world / phrases)
+        scale = torch.tensor(list(terms.values()), device=self.engine.device) * (world / phrases)
         per_phrase = []
         for i, batch in enumerate(batches):
             with self.engine.autocast():
@@ -171,7 +171,7 @@ class Trainer:
             is_last = i == len(batches) - 1
             per_phrase.append(self.engine.accumulate(inputs, lambda losses: (losses @ scale).sum(), is_last))
         sums = torch.cat(per_phrase).double().sum(0).tolist()
-        bce, dice, bad, stop = self._sum([*sums, float(not math.isfinite(sum(sums))), float(self._is_stopping)])
+        *totals, bad, stop = self._sum([*sums, float(not math.isfinite(sum(sums))), float(self._is_stopping)])
         if bad and not self.engine.uses_scaler:
             self._fail("loss", batches, per_phrase)
         factor = self.schedule.factor(self.step)
@@ -180,9 +180,8 @@ class Trainer:
         if self._skipped > (MAX_SKIPPED if self.engine.uses_scaler else 0):
             self._fail("gradient", batches, per_phrase)
         numbers = {
-            "loss": (bce * weights.bce + dice * weights.dice) / phrases,
-            "bce": bce / phrases,
-            "dice": dice / phrases,
+            "loss": sum(total * weight for total, weight in zip(totals, terms.values(), strict=True)) / phrases,
+            **{name: total / phrases for name, total in zip(terms, totals, strict=True)},
             "grad_norm": norm,
             "lr": max(group["lr"] for group in self.engine.optimizer.param_groups),
         }
@@ -210,8 +209,8 @@ class Trainer:
                 "step": self.step,
                 "images": [key for batch in batches for key in batch.keys],
                 "phrases": [
-                    {"phrase": phrase, "id": name, "bce": bce, "dice": dice}
-                    for (phrase, name), (bce, dice) in zip(names, rows, strict=True)
+                    {"phrase": phrase, "id": name} | dict(zip(self.config.loss.terms(), row, strict=True))
+                    for (phrase, name), row in zip(names, rows, strict=True)
                 ],
             },
         )

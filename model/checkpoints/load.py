@@ -20,7 +20,7 @@ from utils.tokenizer import find_tokenizer
 
 from ..encoders.beit3 import BEiT3
 from ..evf import EVFModel
-from ..registry import FAMILIES, find_config, hub_id, list_models, model_config
+from ..registry import FAMILIES, bundled_folder, find_config, hub_id, list_models, model_config
 from ..segmenters.base import Segmenter
 from . import evf_sam
 from .beit3 import BEIT3, PREFIX
@@ -148,6 +148,8 @@ def find_source(source: str | Path) -> Path:
     if path.exists():
         return path
     name = str(source)
+    if bundled := bundled_folder(name):
+        return bundled
     if name in list_models():
         repository = hub_id(name)
         if repository is None:

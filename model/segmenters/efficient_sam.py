@@ -20,7 +20,6 @@ from ..types import ImageFeatures, MaskPrediction, Prompts
 from .base import PROMPT_WIDTH, SAM_PARTS, Segmenter, first_mask, grid_positions, pick_images
 
 HEADS = 8
-MLP_WIDTH = 2048
 MASK_TOKENS = 4
 PRETRAINED_GRID = 14
 
@@ -37,7 +36,7 @@ class EfficientSAMSegmenter(Segmenter):
         self.own_image_spec = self.image_spec
         self.image_encoder = ImageEncoder(config)
         self.prompt_encoder = PromptEmbeddings()
-        self.mask_decoder = MaskDecoder()
+        self.mask_decoder = MaskDecoder(config.decoder_mlp)
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """Return the embedding [B, 256, S/16, S/16]; see `Segmenter.encode_image`."""
@@ -139,13 +138,13 @@ class DecoderAttention(nn.Module):
 class TwoWayLayer(nn.Module):
     """Tokens attend to themselves and to the image, then the image to the tokens."""
 
-    def __init__(self, is_first: bool) -> None:
+    def __init__(self, is_first: bool, mlp_width: int) -> None:
         super().__init__()
         self.is_first = is_first
         self.self_attn = DecoderAttention(PROMPT_WIDTH)
         self.cross_attn_token_to_image = DecoderAttention(PROMPT_WIDTH // 2)
         self.cross_attn_image_to_token = DecoderAttention(PROMPT_WIDTH // 2)
-        self.mlp = MLP([PROMPT_WIDTH, MLP_WIDTH, PROMPT_WIDTH])
+        self.mlp = MLP([PROMPT_WIDTH, mlp_width, PROMPT_WIDTH])
         self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(PROMPT_WIDTH) for _ in range(4))
 
     def forward(self, tokens: Tensor, image: Tensor, learned: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,9 +161,9 @@ class TwoWayLayer(nn.Module):
 class TwoWayTransformer(nn.Module):
     """Two layers and a last look of the tokens at the image."""
 
-    def __init__(self) -> None:
+    def __init__(self, mlp_width: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(TwoWayLayer(is_first=i == 0) for i in range(2))
+        self.layers = nn.ModuleList(TwoWayLayer(i == 0, mlp_width) for i in range(2))
         self.final_attn_token_to_image = DecoderAttention(PROMPT_WIDTH // 2)
         self.norm_final_attn = nn.LayerNorm(PROMPT_WIDTH)
 
@@ -194,9 +193,9 @@ class MLP(nn.Module):
 class MaskDecoder(nn.Module):
     """Prompt tokens and an image embedding to four masks and their IoU."""
 
-    def __init__(self) -> None:
+    def __init__(self, mlp_width: int) -> None:
         super().__init__()
-        self.transformer = TwoWayTransformer()
+        self.transformer = TwoWayTransformer(mlp_width)
         self.iou_token = nn.Embedding(1, PROMPT_WIDTH)
         self.mask_tokens = nn.Embedding(MASK_TOKENS, PROMPT_WIDTH)
         self.upscale1 = nn.ConvTranspose2d(PROMPT_WIDTH, 64, 2, 2)

@@ -77,7 +77,7 @@ def test_beit3_file(tmp_path):
     tensors["beit3.encoder.layer_norm.A.bias"] += 3
     path = tmp_path / "beit3_base.pth"
     torch.save({"model": tensors | {"mlm_head.weight": torch.zeros(2)}}, path)
-    model = load_model("evf-efficient-sam-nano-base", encoder_checkpoint=path)
+    model = load_model("evf-efficient-sam-pico-base", encoder_checkpoint=path)
     assert (model.encoder.norm.A.bias == 3).all()
 
 
