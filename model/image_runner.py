@@ -249,8 +249,10 @@ def write_outputs(
             with atomic_path(folder / f"{name}_logits.npy") as temporary:
                 np.save(temporary, prediction.logits[k])
     if len(args.prompt) > 1:
-        named = enumerate(zip(args.prompt, prediction.scores, strict=True))
-        texts = [f"{k}: {phrase}  {score:.2f}" for k, (phrase, score) in named]
+        rows = enumerate(zip(args.prompt, prediction.scores, prediction.masks, strict=True))
+        texts = [
+            f"{k}: {phrase}  {score:.2f}{'' if mask.any() else ', nothing found'}" for k, (phrase, score, mask) in rows
+        ]
         save_picture(folder / f"{job.stem}_vis.png", with_legend(overlay(image, prediction.masks), texts))
     masks = [
         {

@@ -119,6 +119,16 @@ def test_lowercase_is_for_evaluation(tmp_path):
     assert open_dataset("refcoco|unc|val", tmp_path, lowercase=True).phrases(0) == ["encoded"]
 
 
+def test_forms_are_read_where_a_file_has_them(tmp_path):
+    write_refer(tmp_path)
+    path = tmp_path / "refer_seg" / "refcoco" / "refs(unc).p"
+    refs = pickle.loads(path.read_bytes())
+    refs[0]["sentences"][0]["form"], refs[1]["sentences"][0]["form"] = "order", 7
+    path.write_bytes(pickle.dumps(refs))
+    dataset = open_dataset("refcoco|unc|train", tmp_path)
+    assert [dataset.form(0, place) for place in range(3)] == ["order", "", ""]
+
+
 def test_a_sentence_that_cleaning_emptied_is_read_raw(tmp_path):
     refs, instances = refer_content()
     refs[1]["sentences"][0].update(sent=" ", raw="???")

@@ -9,6 +9,7 @@ from torch.utils.data import DistributedSampler
 
 from utils.distributed import Ranks
 from utils.errors import TrainingError
+from utils.evaluation_report import forms_of
 from utils.evaluator import gather_results
 from utils.metrics import (
     GRES_EMPTY_PIXELS,
@@ -172,3 +173,18 @@ class TestGathering:
     def test_a_phrase_counted_twice_is_an_error(self):
         with pytest.raises(TrainingError, match="phrase 1/0 of k1 was counted twice"):
             gather_results([result(image=1), result(), result(image=1)], Ranks())
+
+
+class WithForms:
+    """A data set that says of each phrase what it goes by."""
+
+    def form(self, image, place):
+        return "" if image == 9 else ("name", "order")[place % 2]
+
+
+def test_scores_per_form():
+    results = [result(50, 100, 60, place=0), result(0, 100, 40, place=1), result(80, 100, 80, place=2)]
+    forms = forms_of(WithForms(), results, 1)["forms"]
+    assert list(forms) == ["name", "order"]
+    assert forms["name"] == summarise([results[0], results[2]]).to_json() and forms["order"]["ciou"] == 0
+    assert forms_of(WithForms(), [result(1, 2, 3, image=9)], 1) == {}

@@ -25,6 +25,8 @@ class Args:
     """Folder to write; it must not exist, or be empty."""
     to: Literal["textsam", "evf-sam"]
     """Layout to write."""
+    dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"
+    """Type of the weights in the output; fp16 halves a file of fp32."""
     bin: FlagCreatePairsOff[bool] = False
     """Write pytorch_model-*.bin shards instead of safetensors (evf-sam only)."""
     shard_mb: int = 5000
@@ -43,12 +45,13 @@ def main() -> int:
     import torch
 
     from model.checkpoints.load import fill_model, resolve, save_model, save_published
+    from utils.precision import DTYPES
     from utils.tokenizer import find_tokenizer
 
     source = resolve(args.input)
     if args.to == "evf-sam" and source.config.encoder is None:
         raise CheckpointError(f"{args.input} is {source.config.name} without an encoder: the EVF-SAM layout needs one")
-    model = fill_model(source, torch.device("cpu"), None)
+    model = fill_model(source, torch.device("cpu"), None if args.dtype == "keep" else DTYPES[args.dtype])
     tokenizer = find_tokenizer(source.path) if source.config.encoder is not None else None
     if args.to == "textsam":
         save_model(model, args.output, tokenizer)

@@ -150,7 +150,13 @@ def count_parts(scratch: int, tokens: Tensor) -> int:
     """
     if tokens.device.type != "cpu" or torch.is_grad_enabled():
         return 1
-    return max(1, math.ceil(scratch / (PART_BYTES * torch.get_num_threads())))
+    return max(1, math.ceil(scratch / (PART_BYTES * _threads())))
+
+
+@torch.compiler.assume_constant_result
+def _threads() -> int:
+    """Return `torch.get_num_threads()`, which torch.compile cannot trace: it would compile every part by itself."""
+    return torch.get_num_threads()
 
 
 def in_parts(function: Callable[[Tensor], Tensor], tokens: Tensor, step: int = 1) -> Tensor:
