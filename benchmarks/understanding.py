@@ -26,10 +26,14 @@ from datasets.sample import Batch, Sample
 from model.predictor import ImagePredictor, load_predictor
 from utils.distributed import Ranks
 from utils.errors import run_main
-from utils.evaluation_report import find_empty_pixels, forms_of
-from utils.evaluator import evaluate
+from utils.evaluation_report import Case, draw_sheet, find_empty_pixels, forms_of
+from utils.evaluator import OnBatch, evaluate
 from utils.files import write_json
-from utils.metrics import summarise
+from utils.masks import encode_rle
+from utils.metrics import PhraseResult, summarise
+from utils.visualize import save_picture
+
+SHEET = 24
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ class Args:
     workers: int = 1
     device: str | None = None
     output: Path = Path("output/benchmarks/understanding.json")
+    sheet: Path | None = None
+    """Also draw 24 phrases, taken at random, with their masks."""
+    seed: int = 0
+    """Of the phrases on the sheet."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +84,36 @@ def without_places(model: nn.Module) -> None:
         model.encoder.positions.A.weight[3:] = 0.0
 
 
-def measure(predictor: ImagePredictor, dataset: PhraseDataset, collate: Collate | Shuffled, args: Args) -> dict:
+class RandomCases:
+    """Keeps phrases drawn at random; give `add` to `evaluate` as `on_batch`."""
+
+    def __init__(self, dataset: PhraseDataset, indices: Sequence[int], seed: int) -> None:
+        every = [(image, place) for image in indices for place in range(len(dataset.phrases(image)))]
+        rows = np.random.default_rng(seed).permutation(len(every))[:SHEET]
+        self.wanted = {every[row] for row in rows}
+        self.cases: list[Case] = []
+
+    def add(self, batch: Batch, results: Sequence[PhraseResult], masks: Sequence[torch.Tensor]) -> None:
+        """Look at a batch; see `utils.evaluator.evaluate`."""
+        flat = [mask for image in masks for mask in image]
+        for result, mask in zip(results, flat, strict=True):
+            if result.order in self.wanted:
+                self.cases.append(Case(result, encode_rle(mask[None].cpu().numpy())[0]))
+
+
+def measure(
+    predictor: ImagePredictor,
+    dataset: PhraseDataset,
+    collate: Collate | Shuffled,
+    args: Args,
+    on_batch: OnBatch | None = None,
+) -> dict:
     """Return the metrics of all phrases, and of each form."""
     indices = spread(dataset, args.max_images)
     ranks = Ranks.from_environment(0)
     batches = evaluation_batches(dataset, collate, indices, args.batch_size, ranks, args.workers)
     with tqdm(total=len(indices), unit="image", leave=False) as bar:
-        results = evaluate(predictor.model, batches, predictor.model.device, progress=bar.update)
+        results = evaluate(predictor.model, batches, predictor.model.device, on_batch=on_batch, progress=bar.update)
     empty = find_empty_pixels(dataset.name, None)
     return summarise(results, empty).to_json() | forms_of(dataset, results, empty)
 
@@ -94,7 +125,10 @@ def main() -> int:
     dataset = open_dataset(args.val_dataset, args.dataset_dir, lowercase=lowercase)
     predictor = load_predictor(args.version, args.device, preprocessing="evaluation")
     collate = Collate(predictor.image_spec, predictor.model.encoder.image_spec, predictor.tokenizer)
-    rows = {"model": measure(predictor, dataset, collate, args)}
+    sheet = RandomCases(dataset, spread(dataset, args.max_images), args.seed) if args.sheet else None
+    rows = {"model": measure(predictor, dataset, collate, args, sheet.add if sheet else None)}
+    if sheet:
+        save_picture(args.sheet, draw_sheet(sheet.cases, dataset))
     rows["shuffled"] = measure(predictor, dataset, Shuffled(collate), args)
     without_places(predictor.model)
     rows["no places"] = measure(predictor, dataset, collate, args)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from configs.schema import BEiT3Config
+from model.attention import attend
 from model.encoders.beit3 import BEiT3
 from utils.errors import ModelError, PromptError
 
@@ -115,3 +116,22 @@ def test_initialisation_is_the_published_one():
     assert not model.layers[0].ffn.A.fc1.bias.any()
     assert abs(float(model.text_embed.weight.detach().std()) * CONFIG.width**0.5 - 1) < 0.1
     assert not model.vision_embed.cls_token.any()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_written_out_equals_the_kernel(masked):
+    """In bf16 on a CPU, training writes attention out; with and without gradients the answer is the same."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, length, 48) for length in (5, 11, 11)]
+    padding = (torch.arange(11) >= torch.tensor([[11], [4], [7]])) if masked else None
+    half = [tokens.bfloat16().requires_grad_() for tokens in inputs]
+    written = attend(*half, heads=4, padding=padding)
+    with torch.no_grad():
+        kernel = attend(*half, heads=4, padding=padding)
+    exact = [tokens.detach().float().requires_grad_() for tokens in half]
+    expected = attend(*exact, heads=4, padding=padding)
+    assert torch.allclose(written, kernel, atol=0.02) and torch.allclose(written.float(), expected, atol=0.02)
+    written.float().square().sum().backward()
+    expected.square().sum().backward()
+    for mine, theirs in zip(half, exact, strict=True):
+        assert torch.allclose(mine.grad.float(), theirs.grad, atol=0.05 * theirs.grad.abs().max())

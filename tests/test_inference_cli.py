@@ -45,7 +45,11 @@ def out(tmp_path):
 def options(pico_folders, picture_path, out):
     """Return options that work: one image, one phrase, the CPU; a test changes what it is about."""
     return InferenceArgs(
-        str(pico_folders["efficient_sam"]), str(picture_path), ("the zebra",), vis_save_path=str(out), device="cpu"
+        version=str(pico_folders["efficient_sam"]),
+        image_path=str(picture_path),
+        prompt=("the zebra",),
+        vis_save_path=str(out),
+        device="cpu",
     )
 
 

@@ -1,0 +1,95 @@
+"""The model that comes with the repository: it is small, it is the default, and it does what a phrase says."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.understanding import shuffle, without_places
+from configs.inference import InferenceArgs
+from datasets.catalog import open_dataset
+from model import list_models, load_model, load_predictor
+from model.image_runner import run
+from model.registry import BUNDLED, bundled_folder
+from tests.conftest import ROOT
+from utils.image import read_image
+
+SCENES = ROOT / "assets" / "scenes"
+FLOOR = 0.4
+"""Mean IoU over the phrases of the scenes; the model card has the real figure."""
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return load_predictor("nano", "cpu")
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return open_dataset("scenes.jsonl", SCENES)
+
+
+def iou(one, other):
+    return (one & other).sum() / max(1, (one | other).sum())
+
+
+def test_it_is_small_and_known():
+    folder = bundled_folder("nano")
+    assert folder.is_dir() and "nano" in list_models() and set(BUNDLED) == {"nano"}
+    assert sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".jsonl") < 20e6
+    model = load_model("nano")
+    assert {str(p.dtype) for p in model.parameters()} == {"torch.float16"}  # what it is stored in
+    card = (folder / "README.md").read_text()
+    for needed in ("cIoU", "Licence", "cannot", "nano_synthetic.yaml"):
+        assert needed in card
+
+
+def test_scenes_are_whole(scenes):
+    assert len(scenes) >= 6
+    assert scenes.count_untargeted() >= 6
+
+
+def test_phrases_find_what_they_mean(predictor, scenes):
+    """The mean over all phrases of the scenes that mean something; phrases that change places do worse."""
+    right, wrong = [], []
+    for i in range(len(scenes)):
+        sample = scenes.load(i)
+        predictor.set_image(sample.image)
+        masks = predictor.predict(list(sample.phrases)).masks
+        for k, truth in enumerate(sample.masks == 1):
+            if truth.any():
+                right.append(iou(masks[k], truth))
+                wrong.append(np.mean([iou(masks[j], truth) for j in range(len(masks)) if j != k]))
+    assert np.mean(right) > FLOOR
+    assert np.mean(right) > np.mean(wrong) + 0.15
+
+
+def test_capitals_do_not_matter(predictor):
+    predictor.set_image(read_image(SCENES / "pencils.jpg"))
+    result = predictor.predict(["the koala", "The KOALA"])
+    assert np.array_equal(result.masks[0], result.masks[1])
+
+
+def test_it_is_the_default(tmp_path):
+    assert (
+        run(InferenceArgs(image_path=str(SCENES / "pencils.jpg"), prompt=("koala",), vis_save_path=str(tmp_path))) == 0
+    )
+    record = json.loads((tmp_path / "results.json").read_text())[0]
+    assert record["masks"][0]["area"] > 0
+
+
+def test_shuffled_phrases_mean_something_else():
+    masks = np.zeros((4, 2, 2), np.uint8)
+    masks[2, 0], masks[3, 1] = 1, 1
+    masks[1] = masks[0]
+    assert shuffle(("none", "nothing", "top", "bottom"), masks) == ("top", "top", "bottom", "none")
+    assert shuffle(("a", "b"), masks[:2]) == ("a", "b")  # all mean the same
+
+
+def test_places_can_be_taken_away():
+    model = load_model("evf-efficient-sam-pico-pico", pretrained=False)
+    table = model.encoder.positions.A.weight
+    before = table.detach().clone()
+    without_places(model)
+    assert torch.equal(table[:3], before[:3]) and not table[3:].any() and before[3:].all()
