@@ -20,6 +20,8 @@ from utils.errors import run_main
 from utils.run_folder import RunFolder
 
 STEPS = 6
+MEASURED = ("--val.sets", "own.jsonl", "--val.every", "3", "--val.max_images", "3", "--val.batch_size", "1")
+"""Three batches: of two ranks one has more than the other."""
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +71,16 @@ def curve(folder):
     return np.array([[record["loss"], record["grad_norm"]] for record in records])
 
 
+def scores(folder):
+    """Return what was measured on the way."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if '"val"' in line]
+
+
 @pytest.fixture(scope="module")
 def reference(experiment, own, tmp_path_factory):
     """Return the folder of a whole run of one process, with validation."""
     out = tmp_path_factory.mktemp("reference")
-    done = train(experiment, "--run.out", out, "--val.sets", "own.jsonl", "--val.every", "3", "--val.max_images", "4")
+    done = train(experiment, "--run.out", out, *MEASURED)
     assert done.returncode == 0, done.stderr
     return out, done
 
@@ -84,9 +91,9 @@ def test_a_run_leaves_what_it_should(reference, own, tmp_path):
     losses = curve(out)[:, 0]
     assert losses[-1] < losses[0]
     resolved = yaml.safe_load((out / "config.yaml").read_text())
-    assert resolved["optim"]["betas"] == [0.9, 0.999] and resolved["val"]["max_images"] == 4
-    scores = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if '"val"' in line]
-    assert [score["step"] for score in scores] == [3, 6] and all(0 <= score["ciou"] <= 1 for score in scores)
+    assert resolved["optim"]["betas"] == [0.9, 0.999] and resolved["val"]["max_images"] == 3
+    assert [score["step"] for score in scores(out)] == [3, 6]
+    assert all(0 <= score["ciou"] <= 1 for score in scores(out))
     assert sorted(path.name for path in (out / "pictures" / "own.jsonl").iterdir()) == [
         "step_00000003.png",
         "step_00000006.png",
@@ -109,9 +116,11 @@ STRATEGIES = {"ddp": 1e-6, "fsdp": 2e-5, "zero2": 2e-5, "zero3": 2e-5}
 def test_two_processes_give_the_curve_of_one(strategy, experiment, reference, tmp_path):
     if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed (requirements-gpu.txt)")
-    done = train(experiment, "--run.out", tmp_path, "--run.strategy", strategy, ranks=2)
+    done = train(experiment, "--run.out", tmp_path, "--run.strategy", strategy, *MEASURED, ranks=2)
     assert done.returncode == 0, done.stderr
     assert np.abs(curve(tmp_path) - curve(reference[0])).max() < STRATEGIES[strategy]
+    for mine, theirs in zip(scores(tmp_path), scores(reference[0]), strict=True):
+        assert abs(mine["ciou"] - theirs["ciou"]) < 1e-3 and abs(mine["giou"] - theirs["giou"]) < 1e-3
     assert RunFolder(tmp_path).steps() == [4, 6]
 
 

@@ -287,6 +287,7 @@ class DeepSpeedEngine(Engine):
         for key in filled.keys() & config.keys():
             raise TrainingError(f"strategy: {key} is set by optim and data. Leave it out of the strategy's file")
         self.module, self.settings, self._deepspeed = module, settings, deepspeed
+        self._twin = _without_weights(module)
         module.to(device)
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=settings.adamw(fused=False), config={**config, **filled}
@@ -316,14 +317,29 @@ class DeepSpeedEngine(Engine):
 
     @contextlib.contextmanager
     def whole_module(self) -> Iterator[nn.Module]:
-        """Gather the weights that stage 3 shares out."""
-        with self._deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+        """Yield the module, or with stage 3 a second one that holds the gathered weights.
+
+        Stage 3 gathers again in every forward, all ranks together: ranks with fewer batches would keep others waiting.
+        """
+        if self._engine.zero_optimization_stage() < 3:
             yield self.module
+            return
+        with self._gathered():
+            state = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
+        self._twin.load_state_dict(state, assign=True)
+        del state
+        try:
+            yield self._twin
+        finally:
+            self._twin = _without_weights(self._twin)
+
+    def _gathered(self) -> contextlib.AbstractContextManager:
+        return self._deepspeed.zero.GatheredParameters(list(self.module.parameters()))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the whole weights by name, copied to the CPU on rank 0."""
-        with self.whole_module() as module:
-            state = module.state_dict() if dist.get_rank() == 0 else {}
+        with self._gathered():
+            state = self.module.state_dict() if dist.get_rank() == 0 else {}
             return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     def optimizer_state(self) -> dict[str, Any]:
