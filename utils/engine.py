@@ -194,7 +194,7 @@ class ShardedEngine(Engine):
         if settings.precision == "fp16":
             raise TrainingError("strategy fsdp takes fp32 or bf16: fp16 needs ddp. Set optim.precision bf16")
         self.module, self.device, self.settings = module, device, settings
-        self._twin = _without_weights(module)
+        self._twin = _Twin(module)
         module.to(device)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         units = [part for part in module.modules() if type(part).__name__ == unit]
@@ -234,12 +234,8 @@ class ShardedEngine(Engine):
     def whole_module(self) -> Iterator[nn.Module]:
         """Yield a second module with the gathered weights; they are let go afterwards."""
         state = get_model_state_dict(self.module, options=StateDictOptions(full_state_dict=True))
-        self._twin.load_state_dict(state, assign=True)
-        del state
-        try:
-            yield self._twin
-        finally:
-            self._twin = _without_weights(self._twin)
+        with self._twin.holding(state) as module:
+            yield module
 
 
 class DeepSpeedEngine(Engine):
@@ -287,7 +283,7 @@ class DeepSpeedEngine(Engine):
         for key in filled.keys() & config.keys():
             raise TrainingError(f"strategy: {key} is set by optim and data. Leave it out of the strategy's file")
         self.module, self.settings, self._deepspeed = module, settings, deepspeed
-        self._twin = _without_weights(module)
+        self._twin = _Twin(module)
         module.to(device)
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=settings.adamw(fused=False), config={**config, **filled}
@@ -326,12 +322,8 @@ class DeepSpeedEngine(Engine):
             return
         with self._gathered():
             state = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
-        self._twin.load_state_dict(state, assign=True)
-        del state
-        try:
-            yield self._twin
-        finally:
-            self._twin = _without_weights(self._twin)
+        with self._twin.holding(state) as module:
+            yield module
 
     def _gathered(self) -> contextlib.AbstractContextManager:
         return self._deepspeed.zero.GatheredParameters(list(self.module.parameters()))
@@ -386,6 +378,22 @@ def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContex
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, DTYPES[precision])
+
+
+class _Twin:
+    """A second module for evaluations: shapes alone, but for while it holds weights that were gathered."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = _without_weights(module)
+
+    @contextlib.contextmanager
+    def holding(self, state: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """Yield the module with the tensors of a state in place, without copies; they are let go afterwards."""
+        self._module.load_state_dict(state, assign=True)
+        try:
+            yield self._module
+        finally:
+            self._module = _without_weights(self._module)
 
 
 def _without_weights(module: nn.Module) -> nn.Module:
