@@ -78,7 +78,11 @@ def contrast_losses(words: Tensor, patches: Tensor, image_index: Tensor, masks: 
     found = F.normalize(words.float(), dim=-1) @ F.normalize(patches.float().flatten(0, 1), dim=-1).T
     share = torch.cat([patch_shares(part, math.isqrt(count))[0] for part in masks]).flatten(1)
     share = share / share.sum(1, keepdim=True).clamp(min=1e-6)
-    own = (found / TEMPERATURE).log_softmax(1).unflatten(1, (-1, count))[torch.arange(len(words)), image_index]
+    own = (
+        (found / TEMPERATURE)
+        .log_softmax(1)
+        .unflatten(1, (-1, count))[torch.arange(len(words), device=words.device), image_index]
+    )
     return -(share * own).sum(1)
 
 

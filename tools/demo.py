@@ -6,14 +6,14 @@ from pathlib import Path
 from configs.cli import parse
 from utils.errors import run_main
 
-PHRASES = ("", "")
+PHRASES = ("the koala", "the biggest pencil", "the giraffe on the right", "the smallest pencil", "the moon")
 
 
 @dataclass(frozen=True)
 class Args:
     """Segment a picture from phrases, offline, with the model that comes with the repository."""
 
-    image: str = "assets/scenes/desk.jpg"
+    image: str = "assets/scenes/pencils.jpg"
     prompt: tuple[str, ...] = PHRASES
     """Phrases; the last of the usual ones names something that is not there."""
     output: Path = Path("output/demo")
