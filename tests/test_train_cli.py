@@ -10,7 +10,9 @@ import time
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests.conftest import PICO, ROOT, TOKENIZER
 from tests.own_scenes import write_own
@@ -122,6 +124,15 @@ def test_two_processes_give_the_curve_of_one(strategy, experiment, reference, tm
     for mine, theirs in zip(scores(tmp_path), scores(reference[0]), strict=True):
         assert abs(mine["ciou"] - theirs["ciou"]) < 1e-3 and abs(mine["giou"] - theirs["giou"]) < 1e-3
     assert RunFolder(tmp_path).steps() == [4, 6]
+
+
+def test_bf16_stays_near_the_curve_of_fp32(experiment, reference, tmp_path):
+    done = train(experiment, "--run.out", tmp_path, "--optim.precision", "bf16")
+    assert done.returncode == 0, done.stderr
+    difference = np.abs(curve(tmp_path)[:, 0] - curve(reference[0])[:, 0]).max()
+    assert 0 < difference < 0.02
+    weights = load_file(RunFolder(tmp_path).checkpoint(STEPS) / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}  # sums are kept whole
 
 
 def start_and_kill(options, out, is_time, with_signal, ranks=1):
