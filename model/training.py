@@ -59,7 +59,8 @@ class TrainingStep(nn.Module):
         if self.loss.needs_masks:
             features = image if isinstance(image, ImageFeatures) else self.encode_images(image)
             output = self.model(features, encoder_pixels, ids, padding, image_index, **asked)
-            columns.append(self.losses(output.logits, image_index, masks))
+            images = self.full_size(output.logits, image_index, masks) if self.loss.iou or not self.loss.points else []
+            columns.append(self.losses(output.logits, images, masks))
             said = output.encoder
         else:
             fused = self.loss.pointing > 0
@@ -70,17 +71,20 @@ class TrainingStep(nn.Module):
         if self.loss.contrast:
             columns.append(contrast_losses(said.words, said.patches, image_index, masks)[:, None])
         if self.loss.iou:
-            images = self.full_size(output.logits.detach(), image_index, masks)
             triples = zip(output.scores.split(counts), images, masks, strict=True)
             columns.append(torch.cat([iou_losses(*triple) for triple in triples])[:, None])
         return torch.cat(columns, dim=1)
 
-    def losses(self, logits: Tensor, image_index: Tensor, masks: Sequence[Tensor]) -> Tensor:
-        """Return cross-entropy and dice, float32 [N, 2], from low-resolution logits [N, 4h, 4w]."""
+    def losses(self, logits: Tensor, images: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+        """Return cross-entropy and dice, float32 [N, 2].
+
+        Args:
+            logits: low-resolution logits [N, 4h, 4w], which points are sampled from.
+            images: those of `full_size`, which are read where no points are asked for.
+        """
         if self.loss.points:
             pairs = zip(logits.split([len(part) for part in masks]), masks, strict=True)
             return torch.cat([point_losses(part, truth, self.spec, self.loss.points) for part, truth in pairs])
-        images = self.full_size(logits, image_index, masks)
         return torch.cat([mask_losses(part, truth) for part, truth in zip(images, masks, strict=True)])
 
     def full_size(self, logits: Tensor, image_index: Tensor, masks: Sequence[Tensor]) -> list[Tensor]:

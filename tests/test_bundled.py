@@ -1,19 +1,24 @@
 """The model that comes with the repository: it is small, it is the default, and it does what a phrase says."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.understanding import shuffle, without_places
+from benchmarks import understanding
+from benchmarks.twins import shuffle, without_places
 from configs.inference import InferenceArgs
 from datasets.catalog import open_dataset
 from model import list_models, load_model, load_predictor
 from model.image_runner import run
 from model.registry import BUNDLED, bundled_folder
 from tests.conftest import ROOT
+from tools import train_tokenizer
+from utils.errors import run_main
 from utils.image import read_image
+from utils.tokenizer import UNK, PhraseTokenizer
 
 SCENES = ROOT / "assets" / "scenes"
 FLOOR = 0.1
@@ -93,3 +98,39 @@ def test_places_can_be_taken_away():
     before = table.detach().clone()
     without_places(model)
     assert torch.equal(table[:3], before[:3]) and not table[3:].any() and before[3:].all()
+
+
+def test_understanding_is_measured_beside_its_twins(tmp_path, monkeypatch, capsys):
+    options = ["--dataset_dir", str(SCENES), "--val_dataset", "scenes.jsonl", "--max_images", "2", "--workers", "0"]
+    paths = ["--output", str(tmp_path / "out.json"), "--sheet", str(tmp_path / "sheet.png"), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["understanding.py", *options, *paths])
+    assert understanding.main() == 0
+    measured = json.loads((tmp_path / "out.json").read_text())["measured"]
+    assert list(measured) == ["model", "shuffled", "no places"]
+    assert len({row["intersection"] for row in measured.values()}) == 3  # each answers something else
+    assert "shuffled" in capsys.readouterr().out and (tmp_path / "sheet.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max_images", "0"], "--max_images 0: needed is at least 1"),
+        (["--val_dataset", "none.jsonl"], "no such file"),
+        (["--version", "nanno"], "nano"),
+    ],
+)
+def test_understanding_refuses_on_one_line(options, message, monkeypatch, capsys):
+    words = ["understanding.py", "--dataset_dir", str(SCENES), "--val_dataset", "scenes.jsonl", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [*words, *options])
+    with pytest.raises(SystemExit) as stop:
+        run_main(understanding.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_tokenizer_is_learned_from_data_sets(tmp_path, monkeypatch):
+    options = ["--sets", "scenes.jsonl", "--dataset_dir", str(SCENES), "--pieces", "150"]
+    monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", "--output", str(tmp_path), *options])
+    assert train_tokenizer.main() == 0
+    words = PhraseTokenizer(tmp_path)
+    assert words.encode("the koala") == words.encode("The KOALA") and UNK not in words.encode("the koala")

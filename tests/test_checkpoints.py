@@ -55,6 +55,15 @@ def test_convert_command(pico_folders, tmp_path):
     assert convert(pico_folders["sam"], tmp_path / "ours", "--to", "textsam").returncode == 0
     assert convert(tmp_path / "ours", tmp_path / "back", "--to", "evf-sam", "--bin").returncode == 0
     assert_equal_tensors(tensors_of(pico_folders["sam"]), tensors_of(tmp_path / "back"))
+    assert convert(pico_folders["sam"], tmp_path / "half", "--to", "textsam", "--dtype", "fp16").returncode == 0
+    stored = {
+        name: tensor.dtype for name, tensor in tensors_of(tmp_path / "half").items() if tensor.is_floating_point()
+    }
+    assert {name for name, dtype in stored.items() if dtype != torch.float16} == {
+        name
+        for name in stored
+        if name.endswith("positional_embedding")  # of which no digit is given up
+    }
     refused = convert(pico_folders["sam"], tmp_path / "ours", "--to", "textsam")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
