@@ -51,11 +51,13 @@ class MaskPrediction:
     * `logits`: float [N, M, 4h, 4w]; M = 4 mask tokens: the single-mask token, then three of growing extent.
     * `iou`: float [N, M], the predicted IoU of each (in 0..1 for SAM 2, unbounded for SAM and EfficientSAM).
     * `object_score`: float [N] logits that the object is there, SAM 2 with video weights only.
+    * `tokens`: float [N, M, 256], what the decoder made of the mask tokens, SAM 2 only: a video remembers one of them.
     """
 
     logits: Tensor
     iou: Tensor
     object_score: Tensor | None = None
+    tokens: Tensor | None = None
 
     def chosen(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits [N, 4h, 4w] and predicted IoU [N] of one mask per prompt; `index` is int64 [N]."""
@@ -90,8 +92,8 @@ class EncoderOutput:
     """What the encoder says of N phrases on B images; training may ask for more than the first.
 
     * `vector`: the [CLS] vector, float [N, D]; None where phrases and images were read apart alone.
-    * `fit`: logits of the image's patches, float [N, g, g]: how near the [CLS] vector is to the tokens that the last
-      layer reads, normalised as it is.
+    * `fit`: logits of the image's patches, float [N, g, g]: which of them the tokens that the last layer reads mark as
+      meant, by their product with the mask token.
     * `patches`: tokens of the images read without a phrase, float [B, g * g, D].
     * `words`: mean tokens of the phrases read without an image, float [N, D].
     """

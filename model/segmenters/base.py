@@ -23,6 +23,9 @@ SAM_PARTS = MappingProxyType(
 )
 """The parts of the families whose modules are named as SAM's."""
 
+REGION_GRID = 32
+"""Cells on a side of the grid on which regions are coded."""
+
 PART_BYTES = 8 << 20
 """How much scratch memory per thread an image encoder should touch at a time on a CPU; see `in_parts`."""
 
@@ -46,6 +49,34 @@ class Segmenter(nn.Module):
     def part_of(self, name: str) -> str:
         """Return the part that a parameter belongs to: `image_encoder`, `mask_decoder`, `prompt_encoder`, `other`."""
         return next((part for part, beginnings in self.parts.items() if name.startswith(beginnings)), "other")
+
+    def positions(self, side: int, dtype: torch.dtype) -> Tensor:
+        """Return the Fourier code of the centres of a grid over the square input, [1, 256, side, side]."""
+        raise NotImplementedError
+
+    def region_shares(self, masks: Tensor) -> Tensor:
+        """Return how much of what each mask covers lies in each cell of a grid over the square input.
+
+        Args:
+            masks: uint8 [n, H, W], 1 where something is.
+
+        Returns:
+            float32 [n, G * G], G = `REGION_GRID`; rows sum to 1, or to 0 where a mask is empty.
+        """
+        share = (masks == 1).float()
+        if self.image_spec.resize == "letterbox":
+            height, width = masks.shape[-2:]
+            share = F.pad(share, (0, max(height - width, 0), 0, max(width - height, 0)))
+        share = F.adaptive_avg_pool2d(share, REGION_GRID).flatten(1)
+        return share / share.sum(1, keepdim=True).clamp(min=1e-6)
+
+    def cell_codes(self) -> Tensor:
+        """Return the position codes of the cells of `region_shares`, float32 [G * G, 256].
+
+        The mean code of a region, `region_shares(masks) @ cell_codes()`, is a prompt that says where it is, in one or
+        several pieces; of a single pixel it is the code of a point.
+        """
+        return self.positions(REGION_GRID, torch.float32).flatten(2)[0].T
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """Encode a batch of images once, for any number of prompts.
@@ -177,21 +208,16 @@ def in_parts(function: Callable[[Tensor], Tensor], tokens: Tensor, step: int = 1
     return torch.cat([function(part) for part in tokens.split(rows, dim=1)], dim=1)
 
 
-def grid_positions(matrix: Tensor, embedding: Tensor) -> Tensor:
-    """Return the Fourier code of the centres of an embedding's grid.
+def grid_positions(matrix: Tensor, side: int, dtype: torch.dtype) -> Tensor:
+    """Return the Fourier code of the centres of a grid, [1, 256, side, side] in `dtype`, computed in float32.
 
     Args:
         matrix: float [2, 128].
-        embedding: [N, 256, side, side].
-
-    Returns:
-        [1, 256, side, side] in the type of `embedding`, computed in float32.
     """
-    side = embedding.shape[-1]
     centres = (torch.arange(side, device=matrix.device, dtype=torch.float32) + 0.5) / side * 2 - 1
     y, x = torch.meshgrid(centres, centres, indexing="ij")
     angles = 2 * math.pi * (torch.stack([x, y], dim=-1) @ matrix.float())
-    return torch.cat([angles.sin(), angles.cos()], dim=-1).permute(2, 0, 1)[None].to(embedding.dtype)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).permute(2, 0, 1)[None].to(dtype)
 
 
 def pick_images(features: Tensor, image_index: Tensor | None, count: int) -> Tensor:
@@ -230,7 +256,7 @@ def decode_masks(
         high_res: () or ([N, 32, 4h, 4w], [N, 64, 2h, 2w]).
 
     Returns:
-        masks [N, 4, 4h, 4w], predicted IoU [N, 4], first token's output [N, 256] (SAM 2: the object-score token).
+        masks [N, 4, 4h, 4w], predicted IoU [N, 4], output of every token [N, T, 256] (SAM 2: object score, IoU, masks).
     """
     owner_tokens = [decoder.obj_score_token.weight] if high_res else []
     learned = torch.cat([*owner_tokens, decoder.iou_token.weight, decoder.mask_tokens.weight])
@@ -252,4 +278,4 @@ def decode_masks(
     upscaled = decoder.activation(upscaled)
     kernels = torch.stack([mlp(t) for mlp, t in zip(decoder.output_hypernetworks_mlps, mask_tokens, strict=True)], 1)
     masks = (kernels @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
-    return masks, decoder.iou_prediction_head(iou_token), tokens[:, 0]
+    return masks, decoder.iou_prediction_head(iou_token), tokens

@@ -45,6 +45,10 @@ class EfficientSAMSegmenter(Segmenter):
     def _encode_prompts(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
         raise NotImplementedError  # `prompt_kinds` is empty: the base class has refused every kind
 
+    def positions(self, side: int, dtype: torch.dtype) -> Tensor:
+        """Return the code of places that prompts and image share; see `Segmenter.positions`."""
+        return grid_positions(self.prompt_encoder.position_matrix, side, dtype)
+
     def decode(
         self,
         features: ImageFeatures,
@@ -56,7 +60,7 @@ class EfficientSAMSegmenter(Segmenter):
         if dense is not None:
             raise ValueError("EfficientSAM has no dense prompt embedding")
         embedding = pick_images(features.embedding, image_index, len(sparse))
-        positions = grid_positions(self.prompt_encoder.position_matrix, embedding)
+        positions = self.positions(embedding.shape[-1], embedding.dtype)
         return MaskPrediction(*self.mask_decoder(embedding, positions, sparse))
 
     def select(self, prediction: MaskPrediction) -> Tensor:

@@ -64,6 +64,10 @@ class SAMSegmenter(Segmenter):
         )
         return (None if sparse is None else sparse[:, 0]), (dense if prompts.masks is not None else None)
 
+    def positions(self, side: int, dtype: torch.dtype) -> Tensor:
+        """Return the code of places that prompts and image share; see `Segmenter.positions`."""
+        return grid_positions(self.prompt_encoder.shared_embedding.positional_embedding, side, dtype)
+
     def decode(
         self,
         features: ImageFeatures,
@@ -75,7 +79,7 @@ class SAMSegmenter(Segmenter):
         if dense is None:
             dense = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
         embedding = pick_images(features.embedding, image_index, len(sparse)) + dense
-        positions = grid_positions(self.prompt_encoder.shared_embedding.positional_embedding, embedding)
+        positions = self.positions(embedding.shape[-1], embedding.dtype)
         masks, iou, _ = decode_masks(self.mask_decoder, embedding, positions, sparse)
         return MaskPrediction(masks, iou)
 

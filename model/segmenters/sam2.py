@@ -74,16 +74,20 @@ class SAM2Segmenter(Segmenter):
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """Return the embedding [B, 256, S/16, S/16] and two finer levels; see `Segmenter.encode_image`."""
+        frame = self.encode_frame(pixels)
+        return ImageFeatures(frame.embedding + self.sam2.no_memory_embedding.view(1, -1, 1, 1), frame.high_res)
+
+    def encode_frame(self, pixels: Tensor) -> ImageFeatures:
+        """Return features without the embedding that stands for "nothing remembered", as a video needs them."""
         levels = self._hiera(pixels)
         # The library's neck also computes a sine position table per level, which only the video memory reads.
         fine_conv, middle_conv, *convs = reversed(self.sam2.vision_encoder.neck.convs)
         fine, middle, *coarse_levels = (level.permute(0, 3, 1, 2) for level in levels)
         coarse, coarsest = (conv(level) for conv, level in zip(convs, coarse_levels, strict=True))
         top_down = F.interpolate(coarsest.float(), scale_factor=2.0, mode="nearest").to(coarse.dtype)
-        embedding = coarse + top_down + self.sam2.no_memory_embedding.view(1, -1, 1, 1)
         decoder = self.sam2.mask_decoder
         high_res = (_two_convs(fine_conv, decoder.conv_s0, fine), _two_convs(middle_conv, decoder.conv_s1, middle))
-        return ImageFeatures(embedding, high_res)
+        return ImageFeatures(coarse + top_down, high_res)
 
     def _hiera(self, pixels: Tensor) -> list[Tensor]:
         """Return the output of each stage, [B, H, W, C] from the finest to the coarsest."""
@@ -105,6 +109,10 @@ class SAM2Segmenter(Segmenter):
         )
         return (None if sparse is None else sparse[:, 0]), (dense if prompts.masks is not None else None)
 
+    def positions(self, side: int, dtype: torch.dtype) -> Tensor:
+        """Return the code of places that prompts and image share; see `Segmenter.positions`."""
+        return grid_positions(self.sam2.prompt_encoder.shared_embedding.positional_embedding, side, dtype)
+
     def decode(
         self,
         features: ImageFeatures,
@@ -117,11 +125,11 @@ class SAM2Segmenter(Segmenter):
         if dense is None:
             dense = encoder.no_mask_embed.weight.view(1, -1, 1, 1)
         embedding = pick_images(features.embedding, image_index, count) + dense
-        positions = grid_positions(encoder.shared_embedding.positional_embedding, embedding)
+        positions = self.positions(embedding.shape[-1], embedding.dtype)
         high_res = tuple(pick_images(level, image_index, count) for level in features.high_res)
-        masks, iou, score_token = decode_masks(self.sam2.mask_decoder, embedding, positions, sparse, high_res)
-        score = self.sam2.mask_decoder.pred_obj_score_head(score_token)[:, 0] if self.config.has_video else None
-        return MaskPrediction(masks, iou, score)
+        masks, iou, tokens = decode_masks(self.sam2.mask_decoder, embedding, positions, sparse, high_res)
+        score = self.sam2.mask_decoder.pred_obj_score_head(tokens[:, 0])[:, 0] if self.config.has_video else None
+        return MaskPrediction(masks, iou, score, tokens[:, 2 : 2 + masks.shape[1]])
 
     def select(self, prediction: MaskPrediction) -> Tensor:
         """Return the mask of 1..3 with the highest predicted IoU, int64 [N]."""

@@ -1,0 +1,60 @@
+"""SAM 2's memory against recorded videos of the published code."""
+
+import numpy as np
+import pytest
+import torch
+
+from model.tracker import ObjectMemory, Tracker, fill_holes
+from tests.conformance.support import EVF, golden_model, needs_golden_data, read_case
+from utils.image import read_image
+
+pytestmark = needs_golden_data
+
+CASES = [
+    pytest.param(path.stem, marks=[pytest.mark.slow] if path.stem.startswith("s0_") else [])  # lost after one frame
+    for path in sorted((EVF / "video").glob("*.json"))
+] or ["absent"]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", CASES)
+def test_memory_equals_the_recorded_one(name):
+    """Every frame: all masks, scores, pointers, what is remembered and what is seen with it, the final logits."""
+    case, arrays = read_case(EVF / "video" / f"{name}.json")
+    model = golden_model(case["arch"], case["seed"]).eval()
+    spec, tracker = model.segmenter.image_spec.for_video(), Tracker(model.segmenter)
+    frames = [read_image(path) for path in sorted((EVF / "video" / case["frames"]).iterdir())]
+    ids = torch.tensor([case["input_ids"]])
+    text, _ = model.encode_phrases(model.encoder.image_spec(frames[0])[None], ids)
+    memory, holes = ObjectMemory(), case["settings"]["fill_hole_area"]
+    for i, image in enumerate(frames):
+        pixels = spec(image)
+        assert np.abs(pixels[:, ::16, ::16].numpy() - arrays["video_input_s16"][i]).max() < 1e-5
+        features = model.segmenter.encode_frame(pixels[None])
+        if i:
+            seen = tracker._condition(features, [memory], i, 1, len(frames)).flatten(2)[0].T
+            assert np.abs(seen[::64, ::8].numpy() - arrays["memory_attention_out_s"][i - 1]).max() < 1e-3
+            found = tracker.track(features, [memory], i, length=len(frames))
+        else:
+            found = tracker.prompt(features, text[:, None], [memory], 0, length=len(frames))
+        assert abs(float(found.scores) - arrays["ious"][i].max()) < 1e-3
+        assert abs(float(found.object_scores) - arrays["object_score_logits"][i, 0]) < 1e-3
+        assert np.abs(found.pointers[0].numpy() - arrays["obj_ptr"][i]).max() < 1e-3
+        best = arrays["ious"][i].argmax()
+        assert np.abs(found.logits[0, ::8, ::8].numpy() - arrays["multimask_low_res_s8"][i, best]).max() < 1e-3
+        filled = fill_holes(found.logits, holes)
+        kept = found if i else found.with_logits(filled)
+        [remembered] = tracker.remember(features, kept, is_prompted=not i)
+        map_ = remembered.map.float().T.unflatten(1, (64, 64))[::8, ::8, ::8].numpy()
+        expected = arrays["maskmem_features_s"][i]
+        assert np.abs(map_ - expected).max() < 1e-2 * max(1, np.abs(expected).max())  # rounded to bfloat16
+        if i:
+            memory.keep(i, remembered, 1)
+        else:
+            memory.prompted[0] = remembered
+        logits = torch.nn.functional.interpolate(
+            filled[:, None], case["hw"], mode="bilinear", align_corners=False
+        )[0, 0]  # fmt: skip
+        assert np.abs(logits[::2, ::2].numpy() - arrays["logits_s2"][i]).max() < 1e-3
+        mask = np.unpackbits(arrays["mask_bits"][i])[: logits.numel()].reshape(case["hw"])
+        assert ((logits > 0).numpy() != mask).sum() <= 3

@@ -1,0 +1,211 @@
+"""Phrases through a video: together as alone, forwards as backwards, from a stream as from a list."""
+
+import numpy as np
+import pytest
+import torch
+
+from model.tracker import MAPS, NO_OBJECT, POINTERS, Tracker, fill_holes
+from model.video import VideoPredictor
+from tests.conftest import TOKENIZER, make_picture, pico_model
+from utils.errors import ImageError, ModelError, PromptError
+from utils.tokenizer import PhraseTokenizer
+
+PHRASES = ["the red thing", "a box on the left", "everything"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights that see an object on most frames: those of a fresh decoder are near 0 everywhere."""
+    model = pico_model("sam2").eval()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.segmenter.named_parameters():
+            if "memory" in name or "pointer" in name or "occlusion" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        model.segmenter.sam2.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(1.0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def frames():
+    picture = make_picture()
+    return [np.ascontiguousarray(np.roll(picture, 9 * i, axis=1)) for i in range(6)]
+
+
+def predictor(model, **options):
+    return VideoPredictor(model, PhraseTokenizer(TOKENIZER, 30), **options)
+
+
+def follow(model, frames, phrases=PHRASES, at=0, options=None, **how):
+    video = predictor(model, **(options or {}))
+    video.start(frames)
+    video.add_phrases(phrases, at)
+    return list(video.propagate(**how))
+
+
+def assert_same(one, other):
+    """Equal but for single pixels at the edge, which sums in another order may move."""
+    assert one.ids == other.ids
+    assert np.abs(one.scores - other.scores).max() < 1e-3
+    assert (one.masks != other.masks).mean() < 1e-3
+
+
+def test_together_as_alone(model, frames):
+    together = follow(model, frames)
+    assert [frame.index for frame in together] == list(range(6)) and together[0].ids == (1, 2, 3)
+    assert any(frame.masks[0].any() and not frame.masks[0].all() for frame in together)
+    for k, phrase in enumerate(PHRASES):
+        for one, frame in zip(follow(model, frames, [phrase]), together, strict=True):
+            assert abs(one.scores[0] - frame.scores[k]) < 1e-3
+            assert (one.masks[0] != frame.masks[k]).mean() < 1e-3
+
+
+def test_memory_matters(model, frames):
+    """What is found on a frame depends on what came before: the tracker is not a detector."""
+    there = follow(model, frames)[-1]
+    without = follow(model, [frames[0], frames[-1]])[-1]
+    assert (there.masks != without.masks).any()
+
+
+def test_backwards_through_a_palindrome_equals_forwards(model, frames):
+    palindrome = frames + frames[-2::-1]
+    forwards = follow(model, palindrome)
+    backwards = follow(model, palindrome, at=len(palindrome) - 1, reverse=True)
+    assert [frame.index for frame in backwards] == list(range(len(palindrome)))[::-1]
+    for one, other in zip(forwards, backwards, strict=True):
+        assert_same(one, other)
+
+
+def test_a_stream_equals_a_list(model, frames):
+    video = predictor(model)
+    video.start(iter(frames * 3))
+    assert video.length is None and video.add_phrases(PHRASES) is None
+    for one, other in zip(video.propagate(), follow(model, frames * 3), strict=True):
+        assert_same(one, other)
+
+
+def test_stopped_and_continued_equals_at_once(model, frames):
+    video = predictor(model)
+    video.start(frames)
+    video.add_phrases(PHRASES)
+    parts = [*video.propagate(stop=2), *video.propagate(start=3)]
+    for one, other in zip(parts, follow(model, frames), strict=True):
+        assert_same(one, other)
+
+
+def test_offloaded_equals_kept(model, frames):
+    for one, other in zip(follow(model, frames, options={"offload": True}), follow(model, frames), strict=True):
+        assert_same(one, other)
+
+
+def test_phrases_may_come_late(model, frames):
+    """On its own frame a phrase is answered at once; objects that were there go on as before."""
+    video = predictor(model)
+    video.start(frames)
+    video.add_phrase(PHRASES[0])
+    answer = video.add_phrase(PHRASES[1], frame=3)
+    assert answer.index == 3 and answer.ids == (2,)
+    found = list(video.propagate())
+    assert np.array_equal(found[3].masks[1], answer.masks[0])
+    for one, other in zip(found, follow(model, frames, PHRASES[:1]), strict=True):
+        assert (one.masks[0] != other.masks[0]).mean() < 1e-3
+    stream = predictor(model)
+    stream.start(iter(frames))
+    stream.add_phrase(PHRASES[0])
+    stream.add_phrase(PHRASES[1], frame=3)
+    seen = list(stream.propagate())
+    assert [frame.ids for frame in seen] == [(1,)] * 3 + [(1, 2)] * 3
+    assert (seen[-1].masks[0] != found[-1].masks[0]).mean() < 1e-3
+
+
+def test_what_is_kept_does_not_grow(model, frames):
+    video = predictor(model)
+    video.start(iter(frames * 7))
+    video.add_phrases(PHRASES[:2])
+    for _ in video.propagate():
+        pass
+    for target in video._targets.values():
+        assert len(target.memory.prompted) == len(target.answers) == 1
+        assert len(target.memory.tracked) == POINTERS - 1
+        assert sum(kept.map is not None for kept in target.memory.tracked.values()) == MAPS - 1
+
+
+def test_what_is_dropped_is_never_read(model, frames, monkeypatch):
+    from model.tracker import ObjectMemory
+
+    short = follow(model, frames * 4)
+    monkeypatch.setattr(ObjectMemory, "keep", lambda self, frame, kept, step: self.tracked.update({frame: kept}))
+    for one, other in zip(short, follow(model, frames * 4), strict=True):
+        assert_same(one, other)
+
+
+def test_lost_objects_are_looked_for_again(model, frames, monkeypatch):
+    track = Tracker.track
+
+    def lose(self, features, objects, frame, *rest):
+        found = track(self, features, objects, frame, *rest)
+        if 1 <= frame <= 4:
+            found.object_scores.fill_(-1.0)
+            found.logits.fill_(NO_OBJECT)
+        return found
+
+    monkeypatch.setattr(Tracker, "track", lose)
+    never = follow(model, frames)
+    assert [frame.masks.any() for frame in never[1:5]] == [False] * 4 and not never[2].scores.any()
+    video = predictor(model, redetect=2)
+    video.start(frames)
+    video.add_phrases(PHRASES)
+    again = list(video.propagate())
+    assert [bool(frame.masks.any()) for frame in again[1:5]] == [False, True, False, True]
+    read = predictor(model)
+    read.start(frames)
+    assert np.array_equal(read.add_phrases(PHRASES, 2).masks, again[2].masks)
+    assert [sorted(target.memory.prompted) for target in video._targets.values()] == [[0, 4]] * 3
+
+
+def test_holes():
+    logits = torch.full((2, 9, 9), 3.0)
+    logits[0, 0, 0] = logits[0, 4, 4] = logits[0, 5, 5] = -1  # two that touch at a corner are one hole
+    logits[1, 2:5, 2:5] = -2
+    logits[1, 8] = 0
+    filled = fill_holes(logits, 8)
+    assert (filled[0] > 0).all() and filled[0, 4, 4] == pytest.approx(0.1)
+    assert torch.equal(filled[1], logits[1])  # nine pixels each
+    assert torch.equal(fill_holes(logits, 0), logits)
+    assert (fill_holes(logits, 1)[0] <= 0).sum() == 2
+    assert (fill_holes(logits, 9)[1] > 0).all()
+
+
+def test_what_cannot_be_done_is_said(model, frames):
+    video = predictor(model)
+    with pytest.raises(PromptError, match="start"):
+        video.add_phrase("thing")
+    with pytest.raises(ImageError, match="no frame"):
+        video.start([])
+    video.start(frames)
+    with pytest.raises(PromptError, match="nothing to follow"):
+        next(video.propagate())
+    with pytest.raises(PromptError, match=r"frame 6: .* 0 to 5"):
+        video.add_phrase("thing", frame=6)
+    with pytest.raises(PromptError, match="empty phrase"):
+        video.add_phrase(" ")
+    with pytest.raises(PromptError, match="object ids"):
+        video.add_phrases(["one", "two"], object_ids=[1, 1])
+    video.add_phrase("thing")
+    with pytest.raises(PromptError, match="stop 9"):
+        next(video.propagate(stop=9))
+    video.start([frames[0], frames[1][:50]])
+    video.add_phrase("thing")
+    with pytest.raises(ImageError, match=r"frame 1 is .*All must have one size"):
+        list(video.propagate())
+    video.start(iter(frames))
+    video.add_phrase("thing")
+    with pytest.raises(PromptError, match="stream"):
+        next(video.propagate(reverse=True))
+    next(video.propagate())
+    with pytest.raises(PromptError, match="has passed"):
+        video.add_phrase("thing", frame=0)
+    with pytest.raises(ModelError, match="no memory"):
+        predictor(pico_model("efficient_sam"))
+    with pytest.raises(ModelError, match="redetect 0"):
+        predictor(model, redetect=0)
