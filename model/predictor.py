@@ -197,9 +197,9 @@ class ImagePredictor:
         """Return checked prompts in the segmenter's pixels, all with the same count N."""
         found = {}
         if points is not None:
-            found["points"] = _with_batch(points, (None, 2), "points", "[P, 2] or [N, P, 2]")
+            found["points"] = with_batch(points, (None, 2), "points", "[P, 2] or [N, P, 2]")
             values = np.ones(found["points"].shape[:2]) if labels is None else labels
-            found["labels"] = _with_batch(values, (None,), "labels", "[P] or [N, P]")
+            found["labels"] = with_batch(values, (None,), "labels", "[P] or [N, P]")
             if found["labels"].shape[1] != found["points"].shape[1]:
                 raise PromptError(f"{found['points'].shape[1]} points, but {found['labels'].shape[1]} labels")
             if not ((found["labels"] == 0) | (found["labels"] == 1)).all():
@@ -208,11 +208,11 @@ class ImagePredictor:
         elif labels is not None:
             raise PromptError("labels without points. Give points too")
         if boxes is not None:
-            found["boxes"] = _with_batch(boxes, (4,), "boxes", "[4] or [N, 4], x1 y1 x2 y2")
+            found["boxes"] = with_batch(boxes, (4,), "boxes", "[4] or [N, 4], x1 y1 x2 y2")
         if masks is not None:
             side = self.image_spec.size // 4
             needed = f"[{side}, {side}] or [N, {side}, {side}], the low_res of an earlier prediction"
-            found["masks"] = _with_batch(masks, (side, side), "masks", needed)[:, None]
+            found["masks"] = with_batch(masks, (side, side), "masks", needed)[:, None]
         if not found:
             if not phrases:
                 raise PromptError("nothing to look for. Give a phrase, points, a box or a mask")
@@ -278,9 +278,7 @@ class ImagePredictor:
         return masks.cpu().numpy(), logits.cpu().numpy(), boxes_of_masks(masks).cpu().numpy()
 
 
-def _with_batch(
-    values: np.ndarray | Sequence | Tensor, shape: tuple[int | None, ...], name: str, needed: str
-) -> Tensor:
+def with_batch(values: np.ndarray | Sequence | Tensor, shape: tuple[int | None, ...], name: str, needed: str) -> Tensor:
     """Return finite float32 [N, *shape]; None in `shape` stands for any size."""
     try:
         array = values.detach().cpu() if isinstance(values, Tensor) else values

@@ -19,7 +19,7 @@ from utils.errors import ModelError
 
 from .segmenters.base import PROMPT_WIDTH, best_of_three
 from .segmenters.sam2 import SAM2Segmenter
-from .types import ImageFeatures, MaskPrediction
+from .types import ImageFeatures, MaskPrediction, Prompts
 
 MAPS, POINTERS = 7, 16
 """How many frames an object's maps and pointers come from, prompted ones not counted beyond the first."""
@@ -142,6 +142,30 @@ class Tracker:
         index = self.segmenter.select_for_prompts(prediction, False) if is_single else best_of_three(prediction)
         return self._found(prediction, index, torch.zeros_like(index) if is_single else index)
 
+    def take(self, features: ImageFeatures, masks: Tensor) -> Found:
+        """Take masks as they are; a decoder that is shown them says what to remember.
+
+        Args:
+            masks: bool [N, H, W], of the whole frame.
+        """
+        side = self.segmenter.config.image_size
+        dtype = features.embedding.dtype
+        share = F.interpolate(masks[:, None].float(), (side, side), mode="bilinear", antialias=True)
+        logits = F.interpolate(share * MASK_SCALE + MASK_BIAS, (side // 4,) * 2, mode="bilinear", antialias=True)
+        _, dense = self.segmenter.encode_prompts(Prompts(masks=self.sam2.mask_downsample(share.to(dtype))))
+        prediction = self._decode_nothing(features.embedding.expand(len(masks), -1, -1, -1), features, dense)
+        is_there = masks.flatten(1).any(1)
+        first = torch.zeros(len(masks), dtype=torch.long, device=masks.device)
+        seen = self._found(prediction, first, first)
+        pointers = torch.where(is_there[:, None], seen.pointers, self.sam2.no_object_pointer)
+        scores = MASK_SCALE * is_there.to(dtype) + MASK_BIAS
+        return Found(logits[:, 0], torch.ones_like(scores), scores, pointers)
+
+    def _decode_nothing(self, seen: Tensor, features: ImageFeatures, dense: Tensor | None = None) -> MaskPrediction:
+        """Decode without points: the encoder writes an empty one, and pads it with another."""
+        nothing = self.sam2.prompt_encoder.not_a_point_embed.weight.expand(len(seen), 2, -1)
+        return self.segmenter.decode(ImageFeatures(seen, features.high_res), nothing, dense)
+
     def track(
         self, features: ImageFeatures, objects: Sequence[ObjectMemory], frame: int, step: int = 1,
         length: int | None = None,
@@ -153,8 +177,7 @@ class Tracker:
             length: frames of the video where that is known; SAM 2.1 scales the age of pointers by it.
         """
         seen = self._condition(features, objects, frame, step, length)
-        nothing = self.sam2.prompt_encoder.not_a_point_embed.weight.expand(len(objects), 2, -1)
-        prediction = self.segmenter.decode(ImageFeatures(seen, features.high_res), nothing)
+        prediction = self._decode_nothing(seen, features)
         index = best_of_three(prediction)
         return self._found(prediction, index, index)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from utils.image import ImageLike, read_image
 from utils.tokenizer import PhraseTokenizer
 
 from .evf import EVFModel
+from .predictor import with_batch
 from .tracker import Found, ObjectMemory, Remembered, Tracker, fill_holes
-from .types import ImageFeatures
+from .types import ImageFeatures, Prompts
 
 HOLE_AREA = 8
 """Holes of at most this many cells of the low-resolution mask are filled, as in the published video predictor."""
@@ -26,11 +28,13 @@ class VideoFrame:
     """The masks of N objects on one frame.
 
     * `index`: which frame; `ids`: which objects, in the order they were first asked for.
+    * `image`: the frame, uint8 RGB [H, W, 3].
     * `masks`: bool [N, H, W]; `scores`: float32 [N], predicted IoU in 0..1, 0 where the object is not seen.
     """
 
     index: int
     ids: tuple[int, ...]
+    image: np.ndarray
     masks: np.ndarray
     scores: np.ndarray
 
@@ -44,11 +48,15 @@ class _Target:
     answers: dict[int, Found] = field(default_factory=dict)
 
 
+Ask = Callable[[np.ndarray, ImageFeatures, Sequence[ObjectMemory], int], Found]
+"""Says what is meant on a frame: image, features, memories of the objects, and which frame it is."""
+
+
 @dataclass(frozen=True)
 class _Request:
     frame: int
-    phrases: tuple[str, ...]
     ids: tuple[int, ...]
+    ask: Ask
 
 
 class VideoPredictor:
@@ -117,7 +125,6 @@ class VideoPredictor:
         """Ask for an object; see `add_phrases`."""
         return self.add_phrases([text], frame, None if object_id is None else [object_id])
 
-    @torch.inference_mode()
     def add_phrases(
         self, texts: Sequence[str], frame: int = 0, object_ids: Sequence[int] | None = None
     ) -> VideoFrame | None:
@@ -143,7 +150,59 @@ class VideoPredictor:
             raise PromptError(f"object ids {list(ids)} for {len(texts)} phrases. Give each its own")
         for number, text in zip(ids, texts, strict=True):
             self._targets.setdefault(number, _Target()).phrase = text
-        request = _Request(frame, tuple(texts), ids)
+        return self._request(frame, ids, partial(self._read_phrases, tuple(texts)))
+
+    def add_points(
+        self,
+        points: np.ndarray | Sequence,
+        labels: np.ndarray | Sequence | None = None,
+        frame: int = 0,
+        object_id: int | None = None,
+    ) -> VideoFrame | None:
+        """Point at an object on a frame.
+
+        Args:
+            points: x y in pixels of the frame, [P, 2]; all of them, also those of an earlier call for this frame.
+            labels: 1 on the object, 0 not, [P]; default all 1.
+            frame, object_id, returns, raises: as `add_phrases`.
+        """
+        values = with_batch(points, (None, 2), "points", "[P, 2]")
+        marks = with_batch(np.ones(values.shape[:2]) if labels is None else labels, (None,), "labels", "[P]")
+        if marks.shape != values.shape[:2] or not ((marks == 0) | (marks == 1)).all():
+            raise PromptError(f"{values.shape[1]} points need as many labels, 1 (on the object) or 0 (not)")
+        return self._add(frame, object_id, partial(self._read_points, Prompts(points=values, labels=marks.long())))
+
+    def add_box(self, box: np.ndarray | Sequence, frame: int = 0, object_id: int | None = None) -> VideoFrame | None:
+        """Draw a box around an object on a frame.
+
+        Args:
+            box: x1 y1 x2 y2 in pixels of the frame, [4].
+            frame, object_id, returns, raises: as `add_phrases`.
+        """
+        values = with_batch(box, (4,), "box", "[4], x1 y1 x2 y2")
+        return self._add(frame, object_id, partial(self._read_points, Prompts(boxes=values)))
+
+    def add_mask(self, mask: np.ndarray, frame: int = 0, object_id: int | None = None) -> VideoFrame | None:
+        """Say what an object is on a frame; the mask is kept as it is, at the resolution of the memory.
+
+        Args:
+            mask: bool [H, W], at the size of the frame.
+            frame, object_id, returns, raises: as `add_phrases`.
+        """
+        values = np.asarray(mask)
+        if values.ndim != 2 or values.dtype not in (bool, np.uint8):
+            raise PromptError(f"mask is {values.dtype} {list(values.shape)}; needed bool [H, W], at the frame's size")
+        return self._add(frame, object_id, partial(self._take_mask, values.astype(bool)))
+
+    def _add(self, frame: int, object_id: int | None, ask: Ask) -> VideoFrame | None:
+        self._check_frame(frame)
+        number = max(self._targets, default=0) + 1 if object_id is None else object_id
+        self._targets.setdefault(number, _Target())
+        return self._request(frame, (number,), ask)
+
+    @torch.inference_mode()
+    def _request(self, frame: int, ids: tuple[int, ...], ask: Ask) -> VideoFrame | None:
+        request = _Request(frame, ids, ask)
         if self._stream is not None:
             self._waiting.append(request)
             return None
@@ -275,18 +334,15 @@ class VideoPredictor:
         }
         if not lost:
             return {}
-        found = self._ask(
-            image, features, [target.phrase for target in lost.values()], [ObjectMemory()] * len(lost), index
-        )
+        phrases = [target.phrase for target in lost.values()]
+        found = self._filled(self._read_phrases(phrases, image, features, [ObjectMemory()] * len(lost), index))
         kept = self.tracker.remember(features, found, is_prompted=True)
         again = {}
         for (number, target), answer, remembered in zip(lost.items(), found.rows(), kept, strict=True):
             if answer.is_seen():
                 del target.memory.tracked[index]
-                for earlier in list(target.memory.prompted)[
-                    1:
-                ]:  # the first says what was meant, the newest where it is
-                    del target.memory.prompted[earlier]
+                for earlier in target.memory.prompted.keys() - target.answers.keys():
+                    del target.memory.prompted[earlier]  # of anchors that were found, the newest is enough
                 target.memory.prompted[index] = remembered
                 again[number] = answer
         return again
@@ -298,18 +354,18 @@ class VideoPredictor:
         memories = [
             target.memory if tracked else ObjectMemory() for target, tracked in zip(targets, was_tracked, strict=True)
         ]
-        found = self._ask(image, features, request.phrases, memories, request.frame)
+        found = self._filled(request.ask(image, features, memories, request.frame))
         kept = self.tracker.remember(features, found, is_prompted=True)
         for target, answer, remembered in zip(targets, found.rows(), kept, strict=True):
             target.memory.prompted[request.frame] = remembered
             target.answers[request.frame] = answer
         return dict(zip(request.ids, found.rows(), strict=True))
 
-    def _ask(
+    def _read_phrases(
         self,
+        phrases: Sequence[str],
         image: np.ndarray,
         features: ImageFeatures,
-        phrases: Sequence[str],
         memories: Sequence[ObjectMemory],
         frame: int,
     ) -> Found:
@@ -319,7 +375,42 @@ class VideoPredictor:
         padding = padding.to(model.device) if padding.any() else None
         text, _ = model.encode_phrases(pixels, ids.to(model.device), padding)
         sparse = text[:, None].to(features.embedding.dtype)
-        return self._filled(self.tracker.prompt(features, sparse, memories, frame, length=self.length))
+        return self.tracker.prompt(features, sparse, memories, frame, self._step, self.length)
+
+    def _read_points(
+        self,
+        prompts: Prompts,
+        image: np.ndarray,
+        features: ImageFeatures,
+        memories: Sequence[ObjectMemory],
+        frame: int,
+    ) -> Found:
+        side, (height, width), device = self.image_spec.size, image.shape[:2], self.model.device
+        scale = torch.tensor([side / width, side / height])
+        is_single = prompts.boxes is not None or prompts.points.shape[1] > 1
+        if prompts.boxes is not None:
+            placed = Prompts(boxes=(prompts.boxes * scale.repeat(2)).to(device))
+        else:
+            placed = Prompts(points=(prompts.points * scale).to(device), labels=prompts.labels.to(device))
+        sparse, _ = self.model.segmenter.encode_prompts(placed)
+        sparse = sparse.to(features.embedding.dtype)
+        return self.tracker.prompt(features, sparse, memories, frame, self._step, self.length, is_single)
+
+    def _take_mask(
+        self,
+        mask: np.ndarray,
+        image: np.ndarray,
+        features: ImageFeatures,
+        _memories: Sequence[ObjectMemory],
+        frame: int,
+    ) -> Found:
+        if mask.shape != image.shape[:2]:
+            raise PromptError(f"mask of {list(mask.shape)} for frame {frame} of {list(image.shape[:2])}. Give one size")
+        return self.tracker.take(features, torch.from_numpy(mask)[None].to(self.model.device))
+
+    @property
+    def _step(self) -> int:
+        return 1 if self._passed is None else self._passed[1]
 
     def _filled(self, found: Found) -> Found:
         return found.with_logits(fill_holes(found.logits.float(), self.hole_area))
@@ -348,11 +439,11 @@ class VideoPredictor:
     def _frame(self, index: int, image: np.ndarray, answers: dict[int, Found]) -> VideoFrame:
         size = image.shape[:2]
         if not answers:
-            return VideoFrame(index, (), np.zeros((0, *size), bool), np.zeros(0, np.float32))
+            return VideoFrame(index, (), image, np.zeros((0, *size), bool), np.zeros(0, np.float32))
         logits = torch.cat([answer.logits for answer in answers.values()])[:, None].float()
         masks = F.interpolate(logits, size, mode="bilinear", align_corners=False)[:, 0] > 0
         scores = torch.cat([answer.scores * (answer.object_scores > 0) for answer in answers.values()])
-        return VideoFrame(index, tuple(answers), masks.cpu().numpy(), scores.float().cpu().numpy())
+        return VideoFrame(index, tuple(answers), image, masks.cpu().numpy(), scores.float().cpu().numpy())
 
     def _check_frame(self, frame: int) -> None:
         if self._source is None and self._stream is None:

@@ -167,9 +167,9 @@ class _Job:
             torch.save({"settings": self.settings, "video": video.state()}, temporary)
 
     def _write(self, frame: VideoFrame) -> None:
-        name, image = self.frames.names[frame.index], self.frames[frame.index]
+        name = self.frames.names[frame.index]
         lines = [f"{number}: {text}" for number, text in zip(frame.ids, self.args.prompt, strict=True)]
-        save_picture(self.folder / f"{name}_vis.png", with_legend(overlay(image, frame.masks), lines))
+        save_picture(self.folder / f"{name}_vis.png", with_legend(overlay(frame.image, frame.masks), lines))
         labels = np.zeros(frame.masks.shape[1:], np.uint8)
         for number, mask in zip(frame.ids, frame.masks, strict=True):
             labels[mask] = number

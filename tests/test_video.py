@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
 
 from model.tracker import MAPS, NO_OBJECT, POINTERS, Tracker, fill_holes
 from model.video import VideoPredictor
@@ -163,6 +164,65 @@ def test_lost_objects_are_looked_for_again(model, frames, monkeypatch):
     assert [sorted(target.memory.prompted) for target in video._targets.values()] == [[0, 4]] * 3
 
 
+def library_masks(model, frames, prompt):
+    """Follow one object with the library's own session and loop."""
+    sam2, spec = model.segmenter.sam2, model.segmenter.image_spec.for_video()
+    pixels = torch.stack([spec(frame) for frame in frames])
+    session = Sam2VideoInferenceSession(pixels, *frames[0].shape[:2], dtype=torch.float32)
+    index = session.obj_id_to_idx(1)
+    if "mask" in prompt:
+        session.add_mask_inputs(index, 0, torch.from_numpy(prompt["mask"])[None, None])
+    else:
+        scale = torch.tensor([spec.size / frames[0].shape[1], spec.size / frames[0].shape[0]])
+        points = torch.tensor(prompt["points"]).float() * scale
+        labels = torch.tensor(prompt["labels"], dtype=torch.int32)
+        session.add_point_inputs(index, 0, {"point_coords": points[None, None], "point_labels": labels[None, None]})
+    session.obj_with_new_inputs.append(1)
+    with torch.inference_mode():
+        sam2(session, frame_idx=0)
+        logits = [found.pred_masks for found in sam2.propagate_in_video_iterator(session)]
+    return [torch.nn.functional.interpolate(one.float(), frames[0].shape[:2], mode="bilinear")[0, 0] for one in logits]
+
+
+BOX = [20, 30, 90, 80]
+
+
+@pytest.mark.parametrize("kind", ["point", "points", "box", "mask"])
+def test_points_boxes_and_masks_as_in_the_library(model, frames, kind):
+    video = predictor(model, hole_area=0)
+    video.start(frames)
+    mask = np.zeros(frames[0].shape[:2], bool)
+    mask[30:80, 20:90] = True
+    if kind == "mask":
+        prompt = {"mask": mask}
+        video.add_mask(mask)
+    elif kind == "box":
+        prompt = {"points": [BOX[:2], BOX[2:]], "labels": [2, 3]}
+        video.add_box(BOX)
+    else:
+        count = 1 if kind == "point" else 3
+        prompt = {"points": [[40, 50], [60, 60], [5, 5]][:count], "labels": [1, 1, 0][:count]}
+        video.add_points(prompt["points"], prompt["labels"])
+    expected = library_masks(model, frames, prompt)
+    for found, logits in zip(video.propagate(), expected, strict=True):
+        assert (found.masks[0] != (logits > 0).numpy()).mean() < 2e-3
+    assert any((one > 0).any() and (one < 0).any() for one in expected)
+
+
+def test_a_correction_replaces_what_was_followed(model, frames):
+    video = predictor(model)
+    video.start(frames)
+    video.add_phrase(PHRASES[0])
+    before = list(video.propagate(stop=3))
+    mask = np.zeros(frames[0].shape[:2], bool)
+    mask[30:80, 20:90] = True
+    answer = video.add_mask(mask, frame=3, object_id=1)
+    assert (answer.masks[0] != mask).mean() < 0.05 < (before[3].masks[0] != mask).mean()
+    after = list(video.propagate(start=3))
+    assert np.array_equal(after[0].masks, answer.masks) and len(video._targets) == 1
+    assert (after[1].masks != follow(model, frames)[4].masks[:1]).any()
+
+
 def test_holes():
     logits = torch.full((2, 9, 9), 3.0)
     logits[0, 0, 0] = logits[0, 4, 4] = logits[0, 5, 5] = -1  # two that touch at a corner are one hole
@@ -191,6 +251,16 @@ def test_what_cannot_be_done_is_said(model, frames):
         video.add_phrase(" ")
     with pytest.raises(PromptError, match="object ids"):
         video.add_phrases(["one", "two"], object_ids=[1, 1])
+    for ask, says in (
+        (lambda: video.add_points([[1, 2, 3]]), "points have shape"),
+        (lambda: video.add_points([[1, 2]], [2]), "1 points need as many labels"),
+        (lambda: video.add_box([1, 2, 3]), "box have shape"),
+        (lambda: video.add_mask(np.zeros((5, 5), bool)), r"mask of \[5, 5\]"),
+        (lambda: video.add_mask(np.zeros((5, 5))), "mask is float64"),
+    ):
+        with pytest.raises(PromptError, match=says):
+            ask()
+    video.start(frames)
     video.add_phrase("thing")
     with pytest.raises(PromptError, match="stop 9"):
         next(video.propagate(stop=9))
