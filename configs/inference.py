@@ -1,4 +1,4 @@
-"""Options of inference.py. The first block is the published command line."""
+"""Options of inference.py, and what inference_video.py shares. The first block is the published command line."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,8 +7,8 @@ from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferenceArgs:
-    """Segment images from phrases."""
+class PhraseArgs:
+    """Which model, what it looks at, and which phrases it answers."""
 
     version: str = "nano"
     """Checkpoint: a folder in the published EVF-SAM layout or of ours, a Hugging Face hub id, or a released name; by
@@ -38,15 +38,21 @@ class InferenceArgs:
     """cpu, cuda, cuda:1 or mps; by default CUDA, then MPS, then the CPU."""
     semantic: FlagCreatePairsOff[bool] = False
     """Ask for everything of a class (multitask checkpoints): prefixes '[semantic] '."""
+    truncate: FlagCreatePairsOff[bool] = False
+    """Cut phrases that are too long, with a warning, instead of refusing them."""
+    overwrite: FlagCreatePairsOff[bool] = False
+    """Do again what an earlier run has done."""
+    max_pixels: int = 89_478_485
+    """Refuse larger images, before they are decoded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceArgs(PhraseArgs):
+    """Segment images from phrases."""
+
     save_mask: FlagCreatePairsOff[bool] = False
     """Also write <stem>_mask.png, 8 bit, 0 and 255."""
     save_logits: FlagCreatePairsOff[bool] = False
     """Also write <stem>_logits.npy, float32 [H, W] at the image's size."""
     compile: FlagCreatePairsOff[bool] = False
     """torch.compile the image encoder: slower to start, then faster; needs a C++ compiler."""
-    truncate: FlagCreatePairsOff[bool] = False
-    """Cut phrases that are too long, with a warning, instead of refusing them."""
-    overwrite: FlagCreatePairsOff[bool] = False
-    """Do images again that results.json already holds."""
-    max_pixels: int = 89_478_485
-    """Refuse larger images, before they are decoded."""

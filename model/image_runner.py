@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configs.inference import InferenceArgs
+from configs.inference import InferenceArgs, PhraseArgs
 from utils.distributed import Ranks
 from utils.errors import ImageError, ModelError, PromptError
 from utils.files import atomic_path, write_json
@@ -82,7 +82,7 @@ def file_state(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def settings_digest(args: InferenceArgs) -> str:
+def settings_digest(args: PhraseArgs) -> str:
     """Return a short text that changes with every option, weight file or phrase that changes the masks."""
     path = Path(args.version)
     files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
@@ -121,7 +121,7 @@ def _work(
     return failed
 
 
-def check_args(args: InferenceArgs) -> None:
+def check_args(args: PhraseArgs) -> None:
     """Refuse options that cannot work before anything is loaded.
 
     Raises:
@@ -188,7 +188,7 @@ def find_images(pattern: str) -> list[Job]:
     return [Job(p, stem) for p, stem in zip(paths, stems, strict=True)]
 
 
-def load(args: InferenceArgs, ranks: Ranks) -> ImagePredictor:
+def load(args: PhraseArgs, ranks: Ranks) -> ImagePredictor:
     """Load what `--version` names; phrases are checked before the weights are read.
 
     Raises:
@@ -220,7 +220,7 @@ def load(args: InferenceArgs, ranks: Ranks) -> ImagePredictor:
     if bits:
         model = quantize_encoder(model, bits).to(device)
     predictor = build_predictor(model, tokenizer)
-    if args.compile:
+    if isinstance(args, InferenceArgs) and args.compile:
         model.segmenter.compile_image_encoder()
     return predictor
 

@@ -65,15 +65,14 @@ def run(args: VideoArgs) -> int:
     Raises:
         TextSAMError: a bad option or frame; what was written before stays, and the next run goes on there.
     """
-    options = args.for_loading()
-    check_args(options)
+    check_args(args)
     source, folder = Path(args.image_path), Path(args.vis_save_path)
     frames = Frames(open_frames(source, args.max_pixels), args.start, args.end, args.stride)
     if isinstance(frames.video, FrameFolder) and not frames.video.are_numbered:
         logger.warning("names of frames are not all numbers: sorted as people sort, from %s", frames.names[0])
     at = _phrase_frame(args, frames)
     frames[at]  # a frame that cannot be read is said before the weights are loaded
-    image_predictor = load(options, Ranks.from_environment(args.local_rank))
+    image_predictor = load(args, Ranks.from_environment(args.local_rank))
     video = VideoPredictor(
         image_predictor.model, image_predictor.tokenizer, args.fill_holes, args.redetect, args.offload
     )
@@ -117,7 +116,7 @@ class _Job:
         self.broken: list[str] = []
         chosen = [file_state(path) for path in getattr(frames.video, "paths", [getattr(frames.video, "path", None)])]
         values = [
-            settings_digest(args.for_loading()), args.image_path, args.frame, args.start, args.end, args.stride,
+            settings_digest(args), args.image_path, args.frame, args.start, args.end, args.stride,
             args.reverse, args.redetect, args.fill_holes, chosen,
         ]  # fmt: skip
         self.settings = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
