@@ -17,15 +17,23 @@ def main() -> int:
     from datasets.collate import Collate
     from datasets.loading import LOWERCASED, evaluation_batches
     from datasets.mixture import spread
+    from datasets.videos import is_video_set, open_video_set
     from model import image_runner
+    from model.video import VideoPredictor
     from utils.distributed import Ranks
     from utils.evaluation_report import Report, WorstCases, find_empty_pixels
     from utils.evaluator import evaluate, gather, gather_results
+    from utils.video_evaluator import measure
 
+    ranks = Ranks.from_environment(args.local_rank)
+    if all(map(is_video_set, args.val_dataset)):
+        sets = [open_video_set(name, args.dataset_dir) for name in args.val_dataset]
+        image = image_runner.load(args.for_loading(), ranks)
+        video = VideoPredictor(image.model, image.tokenizer)
+        return measure(video, sets, ranks, args.out, args.settings(image.model.config.name, image.model.dtype))
     names = [name for text in args.val_dataset for name in expand(text)]
     if len(set(names)) < len(names):
         raise TrainingError(f"--val_dataset names a data set twice: {' '.join(names)}. Name each once")
-    ranks = Ranks.from_environment(args.local_rank)
     ranks.join()
     world = (args.reference_world or ranks.world) if args.reference_metric else None
     datasets = [
