@@ -30,8 +30,14 @@ class BEiT3Config:
     image_size: int = 224
     patch_size: int = 16
     max_text_tokens: int = 1022
+    apart_layers: int = 0
+    """So many of the first layers read image and phrase apart: what they make of an image serves all its phrases."""
 
     def __post_init__(self) -> None:
+        _require(
+            0 <= self.apart_layers < self.layers,
+            f"encoder apart_layers {self.apart_layers} is not from 0 to {self.layers - 1}",
+        )
         _require(self.width % self.heads == 0, f"encoder width {self.width} is not a multiple of {self.heads} heads")
         _require(
             self.image_size % self.patch_size == 0,
@@ -164,5 +170,7 @@ def from_mapping(kind: type[T], values: dict[str, Any], where: str) -> T:
         raise ModelError(f"{where}: missing key {', '.join(map(repr, missing))}")
     plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     for key, value in plain.items():
+        if value == fields[key].default and type(value) is type(fields[key].default):
+            continue  # a default may be what a value is not otherwise, such as no layers
         _check_type(fields[key].type, value, f"{where}: {key} is {value!r}, needed is")
     return kind(**plain)

@@ -112,17 +112,22 @@ class LossArgs:
     points: int = 0
     """Compute the loss at this many points of the low-resolution mask instead of every pixel of the image. Ours."""
     pointing: float = 0.0
-    """Weight of a loss on the encoder alone: its [CLS] vector must fit the image patches of what is meant. An encoder
-    that starts from random weights learns from it what the words are. Ours."""
+    """Weight of a loss on the encoder alone: its tokens must mark the image patches of what is meant. An encoder that
+    starts from random weights learns from it what the words are. Ours."""
     contrast: float = 0.0
     """Weight of a loss on the encoder alone: a phrase without its image must find the patches of what it means among
     those of all images of the batch, read without a phrase. Ours, for an encoder that starts from random weights."""
+    prompt: float = 0.0
+    """Weight of the squared distance between a phrase's prompt and the place of what it means, as the segmenter codes
+    places: the encoder learns to say where without the segmenter. Ours."""
+    regions: float = 0.0
+    """Weight of bce and dice where that code is the prompt: the segmenter learns without the encoder. Ours."""
     iou: float = 0.0
     """Weight of the squared error of the predicted IoU, the score of a mask: 0 where nothing is meant. Ours."""
 
     def terms(self) -> dict[str, float]:
         """Return the weight of each term by name, in the order of a `TrainingStep`'s columns."""
-        ours = {name: getattr(self, name) for name in ("pointing", "contrast", "iou")}
+        ours = {name: getattr(self, name) for name in ("pointing", "contrast", "prompt", "regions", "iou")}
         masks = {"bce": self.bce, "dice": self.dice} if self.needs_masks else {}
         return masks | {name: weight for name, weight in ours.items() if weight}
 
@@ -132,11 +137,21 @@ class LossArgs:
 
     @property
     def needs_masks(self) -> bool:
-        """Whether the segmenter runs; without it the encoder alone is trained, to start from."""
+        """Whether masks of phrases are made; without them the encoder or the segmenter alone is trained."""
         return self.bce + self.dice + self.iou > 0
 
+    @property
+    def needs_fused(self) -> bool:
+        """Whether the encoder reads phrases and images together."""
+        return self.needs_masks or self.pointing + self.prompt > 0
+
+    @property
+    def needs_encoder(self) -> bool:
+        """Whether the encoder runs at all."""
+        return self.needs_fused or self.contrast > 0
+
     def __post_init__(self) -> None:
-        for name in ("bce", "dice", "pointing", "contrast", "iou"):
+        for name in ("bce", "dice", "pointing", "contrast", "prompt", "regions", "iou"):
             _require(getattr(self, name) >= 0, f"loss.{name} {getattr(self, name)}: needed is 0 (off) or a weight")
         _require(any(self.terms().values()), "every weight of loss is 0. Give at least one, such as loss.bce 1")
         _require(self.points >= 0, f"loss.points {self.points}: needed is 0 (all pixels) or a count such as 12544")

@@ -9,6 +9,8 @@ from utils.errors import TrainingError
 
 from .checkpoints.load import build_model
 from .evf import EVFModel
+from .segmenters.base import PROMPT_WIDTH
+from .types import EncoderOutput
 
 TRAINED_DECODERS = frozenset({"sam", "efficient_sam"})
 """Families whose mask decoder and "no mask" prompt EVF-SAM trains; SAM-2 stays as it is (issue #45 of its authors)."""
@@ -80,11 +82,17 @@ def leave_out_idle(model: EVFModel, loss: LossArgs = DEFAULT_LOSS) -> Probe:
     called: set[str] = set()
     for name, module in shapes.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    said, read = EncoderOutput(None), []
     if loss.needs_masks:
         output = shapes(pixels, small, ids, **loss.asked())
         said, read = output.encoder, [output.logits, *([output.scores] if loss.iou else [])]
-    else:
-        said, read = shapes.encoder(small, ids, fused=loss.pointing > 0, **loss.asked()), []
+    elif loss.needs_encoder:
+        said = shapes.encoder(small, ids, fused=loss.needs_fused, **loss.asked())
+        read += [shapes.projector(said.vector)] if loss.prompt else []
+    if loss.regions:
+        segmenter = shapes.segmenter
+        prompt = torch.empty(1, 1, PROMPT_WIDTH, device="meta")
+        read.append(segmenter.decode(segmenter.encode_image(pixels), prompt).logits)
     sum(tensor.sum() for tensor in (*read, said.fit, said.patches, said.words) if tensor is not None).backward()
     outside = [name for name, _ in shapes.named_parameters() if name.rpartition(".")[0] not in called]
     reached = {name for name, parameter in shapes.named_parameters() if parameter.grad is not None}

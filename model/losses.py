@@ -15,6 +15,9 @@ from utils.masks import IGNORE
 
 DICE_SCALE, DICE_EPS = 1000.0, 1e-6
 TEMPERATURE = 0.07
+EACH_PATCH, NEVER = 3.0, -1e4
+DISTANCE, CELL_SCALE = 10.0, 20.0
+"""The code of a point gives its own cell a logit of `CELL_SCALE`."""
 OVERSAMPLE, UNCERTAIN_SHARE = 3, 0.75
 """Points: this many times the candidates, and this share of the most uncertain ones among the points."""
 
@@ -42,19 +45,44 @@ def mask_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def pointing_losses(fit: Tensor, masks: Tensor) -> Tensor:
-    """Return the cross-entropy between what the encoder points at and how much of each patch is meant.
+    """Return how far the patches that the encoder marks are from those that are meant.
+
+    Two cross-entropies: of each patch alone, and of the choice among all patches where something is meant. The first
+    says how much, also that nothing is; the second, where, and does not drown in what is clearly not meant.
 
     Args:
         fit: logits of patches, float [n, g, g]; the grid covers the whole image.
         masks: uint8 [n, H, W] at the image's size, as `targets` of `mask_losses`.
 
     Returns:
-        float32 [n], mean over the patches, each weighted by its share of pixels that count.
+        float32 [n], the first weighted by `EACH_PATCH`, each patch by its share of pixels that count.
     """
-    share, counts = patch_shares(masks, fit.shape[-1])
-    truth = share / counts.clamp(min=1e-6)
-    entropy = F.binary_cross_entropy_with_logits(fit.float(), truth, reduction="none") * counts
-    return entropy.flatten(1).sum(1) / counts.flatten(1).sum(1).clamp(min=1e-6)
+    share, counts = (part.flatten(1) for part in patch_shares(masks, fit.shape[-1]))
+    fit, truth = fit.float().flatten(1), share / counts.clamp(min=1e-6)
+    each = F.binary_cross_entropy_with_logits(fit, truth, reduction="none") * counts
+    each = each.sum(1) / counts.sum(1).clamp(min=1e-6)
+    where = fit.masked_fill(counts == 0, NEVER).log_softmax(1)
+    where = -(where * share).sum(1) / share.sum(1).clamp(min=1e-6)
+    return EACH_PATCH * each + where
+
+
+def place_losses(prompts: Tensor, shares: Tensor, cells: Tensor) -> Tensor:
+    """Return how far prompts are from saying where things are.
+
+    The squared distance to the mean position code of what is meant, and the cross-entropy of the choice among the
+    cells that the prompt is nearest to: the second teaches faster, the first gives what a segmenter can be taught with.
+
+    Args:
+        prompts: float [n, 256].
+        shares: float [n, C], as `Segmenter.region_shares`; cells: float [C, 256], their codes.
+
+    Returns:
+        float32 [n], the first weighted by `DISTANCE`; the second is 0 where nothing is meant.
+    """
+    prompts = prompts.float()
+    distance = (prompts - shares @ cells).square().mean(1)
+    found = prompts @ cells.T * (CELL_SCALE / cells.square().sum(1))
+    return DISTANCE * distance - (found.log_softmax(1) * shares).sum(1)
 
 
 def patch_shares(masks: Tensor, side: int) -> tuple[Tensor, Tensor]:

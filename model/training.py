@@ -19,7 +19,7 @@ from .checkpoints.load import find_source, load_model, save_model
 from .checkpoints.rules import OURS, KeyMap, check_keys, named_tensors
 from .evf import EVFModel
 from .freeze import DEFAULT_LOSS, PartReport, Probe, choose_trained, leave_out_idle, report
-from .losses import contrast_losses, iou_losses, mask_losses, point_losses, pointing_losses
+from .losses import contrast_losses, iou_losses, mask_losses, place_losses, point_losses, pointing_losses
 from .types import ImageFeatures
 
 
@@ -56,24 +56,44 @@ class TrainingStep(nn.Module):
             masks: per image uint8 [n_i, H_i, W_i] of 0, 1 and 255 (does not count), in the order of the phrases.
         """
         counts, columns, asked = [len(part) for part in masks], [], self.loss.asked()
-        if self.loss.needs_masks:
+        features, said, prompt = None, None, None
+        if self.loss.needs_masks or self.loss.regions:
             features = image if isinstance(image, ImageFeatures) else self.encode_images(image)
+        if self.loss.needs_masks:
             output = self.model(features, encoder_pixels, ids, padding, image_index, **asked)
             images = self.full_size(output.logits, image_index, masks) if self.loss.iou or not self.loss.points else []
             columns.append(self.losses(output.logits, images, masks))
-            said = output.encoder
-        else:
-            fused = self.loss.pointing > 0
-            said = self.model.encoder(encoder_pixels, ids, padding, image_index, fused=fused, **asked)
+            said, prompt = output.encoder, output.prompt
+        elif self.loss.needs_fused:
+            prompt, said = self.model.encode_phrases(encoder_pixels, ids, padding, image_index, **asked)
+        elif self.loss.needs_encoder:
+            said = self.model.encoder(encoder_pixels, ids, padding, image_index, fused=False, **asked)
         if self.loss.pointing:
             pairs = zip(said.fit.split(counts), masks, strict=True)
             columns.append(torch.cat([pointing_losses(*pair) for pair in pairs])[:, None])
         if self.loss.contrast:
             columns.append(contrast_losses(said.words, said.patches, image_index, masks)[:, None])
+        if self.loss.prompt or self.loss.regions:
+            shares = torch.cat([self.model.segmenter.region_shares(part) for part in masks])
+            cells = self.model.segmenter.cell_codes()
+        if self.loss.prompt:
+            columns.append(place_losses(prompt, shares, cells)[:, None])
+        if self.loss.regions:
+            columns.append(self.region_losses(features, shares @ cells, image_index, masks))
         if self.loss.iou:
             triples = zip(output.scores.split(counts), images, masks, strict=True)
             columns.append(torch.cat([iou_losses(*triple) for triple in triples])[:, None])
         return torch.cat(columns, dim=1)
+
+    def region_losses(
+        self, features: ImageFeatures, codes: Tensor, image_index: Tensor, masks: Sequence[Tensor]
+    ) -> Tensor:
+        """Return the sum of cross-entropy and dice where the prompts are `codes` [N, 256], float32 [N, 1]."""
+        segmenter = self.model.segmenter
+        prediction = segmenter.decode(features, codes[:, None].to(features.embedding.dtype), None, image_index)
+        logits, _ = prediction.chosen(segmenter.select(prediction))
+        images = [] if self.loss.points else self.full_size(logits, image_index, masks)
+        return self.losses(logits, images, masks).sum(1, keepdim=True)
 
     def losses(self, logits: Tensor, images: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
         """Return cross-entropy and dice, float32 [N, 2].

@@ -65,26 +65,25 @@ class VideoPredictor:
     Memory does not grow with the length: a frame is read when it is needed, and what no later frame reads is dropped.
 
     Args:
-        model: EVF-SAM on SAM 2 with video weights, in evaluation mode, on its device.
+        model: SAM 2 with video weights, in evaluation mode, on its device; with an encoder it takes phrases.
+        tokenizer: needed for phrases.
         hole_area: fill holes of at most so many cells of the low-resolution mask; 0 fills none.
         redetect: read the phrase again every so many frames, and follow what it finds where the object was lost; None,
             as published, never does.
         offload: keep what is remembered in CPU memory.
 
     Raises:
-        ModelError: a model without memory modules or phrase encoder.
+        ModelError: a model without memory modules, or `redetect` below 1.
     """
 
     def __init__(
         self,
         model: EVFModel,
-        tokenizer: PhraseTokenizer,
+        tokenizer: PhraseTokenizer | None = None,
         hole_area: int = HOLE_AREA,
         redetect: int | None = None,
         offload: bool = False,
     ) -> None:
-        if model.encoder is None:
-            raise ModelError(f"{model.config.name} alone reads no phrases. Load it with an encoder, as evf-sam2")
         if redetect is not None and redetect < 1:
             raise ModelError(f"redetect {redetect}: needed is at least 1, or None for never")
         self.model, self.tokenizer, self.hole_area, self.redetect = model, tokenizer, hole_area, redetect
@@ -140,6 +139,8 @@ class VideoPredictor:
             PromptError: no video, a frame out of range or already passed, an empty phrase, or an id twice.
         """
         self._check_frame(frame)
+        if self.model.encoder is None or self.tokenizer is None:
+            raise PromptError("this model has no phrase encoder or no tokenizer: give points, a box or a mask instead")
         for text in texts:
             if not isinstance(text, str) or not text.strip():
                 raise PromptError(f"empty phrase {text!r}. Describe the object, for example 'the zebra on the left'")

@@ -106,16 +106,61 @@ def test_impossible_sizes_are_refused(field, value):
         dataclasses.replace(CONFIG, **{field: value})
 
 
-def test_initialisation_is_the_published_one():
+def test_initialisation():
+    """As torchscale's linear layers; image positions are waves that tell every two patches apart."""
     torch.manual_seed(0)
     model = BEiT3(CONFIG)
     model.init_weights()
     weight = model.layers[0].ffn.A.fc1.weight
-    assert weight.abs().max() <= 0.02
-    assert abs(weight.detach().std() / 0.0108 - 1) < 0.05  # of a normal cut at one standard deviation: 0.54 of it
+    assert weight.abs().max() <= (6 / (48 + 96)) ** 0.5
+    assert float(weight.detach().std()) == pytest.approx((2 / (48 + 96)) ** 0.5, rel=0.05)
+    assert float(model.layers[0].self_attn.k_proj.B.weight.detach().std()) == pytest.approx((1 / 96) ** 0.5, rel=0.05)
     assert not model.layers[0].ffn.A.fc1.bias.any()
     assert abs(float(model.text_embed.weight.detach().std()) * CONFIG.width**0.5 - 1) < 0.1
     assert not model.vision_embed.cls_token.any()
+    table = BEiT3(dataclasses.replace(CONFIG, image_size=160))
+    table.init_weights()
+    places = table.positions.A.weight.detach()[3:]
+    assert len(places) == 100 and not table.positions.A.weight[:3].any()
+    assert float(places.std()) == pytest.approx(0.2, rel=0.1)
+    apart = torch.cdist(places, places) + torch.eye(100) * 9
+    assert apart.min() > 0.5
+    assert places[0].dot(places[1]) > places[0].dot(places[9]), "neighbours are more alike than ends of a row"
+
+
+APART = dataclasses.replace(CONFIG, layers=4, apart_layers=2)
+
+
+@torch.no_grad()
+def test_layers_that_read_apart_serve_all_phrases_of_an_image(inputs):
+    """The first layers see one side alone; that of an image is computed once, whatever is asked of it."""
+    pixels, ids, index = inputs
+    torch.manual_seed(0)
+    model = BEiT3(APART).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    rows = []
+    model.layers[0].self_attn.q_proj.A.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    padding = torch.arange(9) >= torch.tensor([9, 5, 3, 9, 7])[:, None]
+    said = model(pixels, ids, padding, index, points=True, apart=True)
+    assert max(rows[:1]) == 2
+    slow, _ = model.forward_all(pixels, ids, padding, index)
+    assert torch.allclose(said.vector, slow[:, 0], atol=1e-5)
+    one = model(pixels[1:], ids[1:2, :5], points=True, apart=True)
+    assert torch.allclose(one.vector[0], said.vector[1], atol=1e-5) and torch.allclose(
+        one.fit[0], said.fit[1], atol=1e-4
+    )
+    alone = model(pixels, ids, padding, index, apart=True, fused=False)
+    for name in ("patches", "words"):
+        assert torch.equal(getattr(alone, name), getattr(said, name))
+    other = model(pixels, ids.flip(0), padding.flip(0), index, apart=True)
+    assert torch.equal(other.patches, said.patches) and not torch.allclose(other.vector, said.vector, atol=1e-3)
+
+
+@pytest.mark.parametrize("count", [-1, 4])
+def test_impossible_numbers_of_layers_apart_are_refused(count):
+    with pytest.raises(ModelError, match=f"apart_layers {count} .*0 to 3"):
+        dataclasses.replace(APART, apart_layers=count)
 
 
 @pytest.mark.parametrize("masked", [False, True])

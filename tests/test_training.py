@@ -15,7 +15,7 @@ from datasets.mixture import Group, Mixture, Shares, spread, training_steps
 from datasets.sample import Sample
 from model.checkpoints.load import load_model, save_model
 from model.freeze import choose_trained, leave_out_idle, part_of, report, report_text
-from model.losses import contrast_losses, iou_losses, mask_losses, point_losses, pointing_losses
+from model.losses import contrast_losses, iou_losses, mask_losses, place_losses, point_losses, pointing_losses
 from model.training import (
     BatchInputs,
     TrainingStep,
@@ -140,11 +140,49 @@ def test_pointing_loss_asks_for_the_patches_of_what_is_meant():
     for row, mask, value in zip(fit.flatten(1), masks, found, strict=True):
         share = patches_by_hand(mask, 4)
         chance = row.sigmoid()
-        expected = -(share * chance.log() + (1 - share) * (1 - chance).log()).mean()
-        assert torch.allclose(value, expected, atol=1e-6)
+        each = -(share * chance.log() + (1 - share) * (1 - chance).log()).mean()
+        where = -(share / share.sum() * row.log_softmax(0)).sum()
+        assert torch.allclose(value, 3 * each + where, atol=1e-5)
+    nothing = pointing_losses(fit, torch.zeros_like(masks))
+    assert torch.allclose(nothing, -3 * (1 - fit.sigmoid()).log().flatten(1).mean(1), atol=1e-5)
     masks[0, :, 10:] = 255
     pointing_losses(fit, masks)[0].backward()
     assert fit.grad[0, :, 2:].abs().max() == 0 < fit.grad[0, :, :2].abs().min()
+
+
+@pytest.mark.parametrize("family", sorted(PICO))
+def test_the_code_of_a_region_says_where_it_is(family):
+    """Of a small region, the code of its place in the square input; of two, their mean; of none, 0."""
+    segmenter = pico_model(family).segmenter
+    side = 96 if segmenter.image_spec.resize == "letterbox" else None
+    height, width = side or 96, side or 64
+    place = torch.tensor([33 / width, 49.5 / height]) * 2 - 1
+    owned = (*segmenter.named_buffers(), *segmenter.named_parameters())
+    matrix = next(tensor.detach() for name, tensor in owned if tensor.shape == (2, 128) and "position" in name)
+    matrix.normal_(generator=torch.Generator().manual_seed(0))  # the library starts SAM's 128 times as wide
+    masks = torch.zeros(3, 96, 64, dtype=torch.uint8)
+    masks[0, 48:51, 32:34] = masks[1, 48:51, 32:34] = masks[1, :3, :2] = 1
+    shares, cells = segmenter.region_shares(masks), segmenter.cell_codes()
+    assert shares.sum(1).tolist() == pytest.approx([1, 1, 0], abs=1e-5)
+    codes = (shares @ cells).detach()
+    angles = 2 * torch.pi * (place @ matrix)
+    assert torch.cosine_similarity(codes[0], torch.cat([angles.sin(), angles.cos()]), dim=0) > 0.9
+    assert torch.allclose(codes[1], (codes[0] + cells[0]) / 2, atol=0.05) and not codes[2].any()
+
+
+def test_place_loss_is_least_at_the_place():
+    torch.manual_seed(0)
+    cells = torch.nn.functional.normalize(torch.randn(9, 256), dim=1) * 128**0.5
+    shares = torch.zeros(2, 9)
+    shares[0, [2, 5]] = 0.5
+    prompts = torch.randn(2, 256)
+    found = place_losses(prompts, shares, cells)
+    logits = prompts[0] @ cells.T * 20 / 128
+    where = -(logits.log_softmax(0)[2] + logits.log_softmax(0)[5]) / 2
+    assert torch.allclose(found[0], 10 * (prompts[0] - (cells[2] + cells[5]) / 2).square().mean() + where, rtol=1e-4)
+    assert torch.allclose(found[1], 10 * prompts[1].square().mean())
+    right = [place_losses(cells[[n]], shares[:1], cells) for n in range(9)]
+    assert sorted(range(9), key=lambda n: float(right[n]))[:2] in ([2, 5], [5, 2])
 
 
 def test_contrast_loss_looks_through_all_images():
@@ -172,13 +210,13 @@ def test_iou_loss_wants_zero_where_nothing_is_meant():
 
 @pytest.mark.parametrize("family", sorted(PICO))
 def test_every_term_trains_on_its_own(family):
-    terms = {"pointing": 0.5, "contrast": 0.25, "iou": 2.0}
+    terms = {"pointing": 0.5, "contrast": 0.25, "prompt": 0.3, "regions": 0.7, "iou": 2.0}
     loss = LossArgs(**terms)
     assert list(loss.terms()) == ["bce", "dice", *terms] and loss.terms()["iou"] == 2.0
     step = make_step(family, ModelArgs(train_mask_decoder=True), loss)
     batch = make_batch(step)
     losses = step(*BatchInputs(step)(batch))
-    assert losses.shape == (len(batch.phrases), 5) and losses.isfinite().all()
+    assert losses.shape == (len(batch.phrases), 7) and losses.isfinite().all()
     plain = TrainingStep(step.model, LossArgs())(*BatchInputs(step)(batch))
     assert torch.allclose(losses[:, :2], plain)
     parts = {}
@@ -187,7 +225,8 @@ def test_every_term_trains_on_its_own(family):
         losses[:, n].sum().backward(retain_graph=True)
         moved = {key for key, p in step.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
         parts[name] = {part_of(step.model, key.removeprefix("model.")) for key in moved}
-    assert parts["pointing"] == parts["contrast"] == {"encoder"}
+    assert parts["pointing"] == parts["contrast"] == {"encoder"} and parts["prompt"] == {"encoder", "projector"}
+    assert "mask_decoder" in parts["regions"] and not parts["regions"] & {"encoder", "projector"}
     assert "mask_decoder" in parts["iou"] and "encoder" in parts["bce"]
 
 
@@ -196,6 +235,21 @@ def test_iou_head_is_trained_only_where_the_loss_asks_for_it():
         model = pico_model("efficient_sam").requires_grad_(True)
         idle = leave_out_idle(model, loss).idle
         assert any("iou_prediction_head" in name for name in idle) != bool(loss.iou)
+
+
+@pytest.mark.parametrize("family", sorted(PICO))
+def test_the_segmenter_can_be_trained_without_the_encoder(family):
+    loss = LossArgs(bce=0, dice=0, regions=1.0)
+    args = ModelArgs(train_image_encoder=True, train_mask_decoder=True)
+    step = make_step(family, args, loss)
+    parts = {part_of(step.model, name.removeprefix("model.")) for name, p in step.named_parameters() if p.requires_grad}
+    assert {"image_encoder", "mask_decoder"} <= parts and not parts & {"encoder", "projector"}
+    batch = make_batch(step)
+    losses = step(*BatchInputs(step)(batch))
+    assert losses.shape == (len(batch.phrases), 1)
+    losses.sum().backward()
+    for name, parameter in step.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
 @pytest.mark.parametrize("weights", [{"contrast": 1.0}, {"pointing": 1.0}, {"pointing": 1.0, "contrast": 1.0}])

@@ -275,6 +275,11 @@ def test_what_cannot_be_done_is_said(model, frames):
     next(video.propagate())
     with pytest.raises(PromptError, match="has passed"):
         video.add_phrase("thing", frame=0)
+    mute = VideoPredictor(model)
+    mute.start(frames)
+    with pytest.raises(PromptError, match="no phrase encoder"):
+        mute.add_phrase("thing")
+    assert mute.add_box(BOX).ids == (1,)
     with pytest.raises(ModelError, match="no memory"):
         predictor(pico_model("efficient_sam"))
     with pytest.raises(ModelError, match="redetect 0"):

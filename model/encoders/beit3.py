@@ -19,9 +19,11 @@ from ..attention import attend
 from ..types import EncoderOutput
 
 EPS = 1e-5
-POSITION_STD = 0.05
-FIT_SCALE, FIT_BIAS = 8.0, -2.0
-"""From a cosine to the logit of a patch: from -10 to 6, and a chance of 0.12 where nothing is known yet."""
+WORD_POSITION_STD = 0.05
+IMAGE_POSITION_STD, SLOWEST, FASTEST = 0.2, 0.25, 2.5
+"""How a table of image positions starts: waves of this deviation, from a quarter to two and a half over the image."""
+FIT_BIAS = -2.0
+"""Logit of a patch of which nothing is known yet, a chance of 0.12."""
 
 POSITION_OFFSET = 2
 """Both position tables start at row 2, as fairseq's do."""
@@ -118,7 +120,10 @@ class Layer(nn.Module):
 
 
 class VisionEmbedding(nn.Module):
-    """Patch embedding with a class token. `mask_token` is unused; published checkpoints hold it."""
+    """Patch embedding with a class token.
+
+    `mask_token` is not used in inference; published checkpoints hold it. Training may mark patches with it.
+    """
 
     def __init__(self, config: BEiT3Config) -> None:
         super().__init__()
@@ -132,11 +137,27 @@ class VisionEmbedding(nn.Module):
         return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
 
 
-def _truncated_normal(weight: Tensor, std: float = 0.02) -> None:
-    """Fill with a normal distribution cut at one standard deviation, by inversion: torch's rejection is slow."""
-    limit = math.erf(math.sqrt(0.5))
-    with torch.no_grad():
-        weight.uniform_(-limit, limit).erfinv_().mul_(std * math.sqrt(2)).clamp_(-std, std)
+def _waves(side: int, width: int) -> Tensor:
+    """Return sines and cosines of the places x and y of a grid, float [side * side, width]."""
+    rates = 2 * math.pi * torch.linspace(SLOWEST, FASTEST, width // 4)
+    phases = (torch.arange(side) + 0.5)[:, None] / side * rates
+    line = torch.cat([phases.sin(), phases.cos()], dim=1)
+    columns, rows = line.expand(side, -1, -1), line[:, None].expand(-1, side, -1)
+    table = torch.cat([columns, rows], dim=2).flatten(0, 1) * IMAGE_POSITION_STD * math.sqrt(2)
+    return F.pad(table, (0, width - table.shape[1]))
+
+
+def pair(
+    image: Tensor, text: Tensor, padding: Tensor | None, image_index: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Put each phrase beside its image: [B, V, D], [N, T, D] to [N, V, D], [N, T, D] and key padding [N, V + T]."""
+    if image_index is not None:
+        image = image.index_select(0, image_index)
+    elif len(image) != len(text):
+        image = image.expand(len(text), -1, -1)
+    if padding is None:
+        return image, text, None
+    return image, text, torch.cat([padding.new_zeros(image.shape[:2]), padding], dim=1)
 
 
 class BEiT3(nn.Module):
@@ -150,7 +171,7 @@ class BEiT3(nn.Module):
         self.image_spec = ImageSpec(
             size=config.image_size, resize="square", filter="torch-bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, scale=1.0
         )
-        image_tokens = (config.image_size // config.patch_size) ** 2 + 1
+        image_tokens = self.grid**2 + 1
         self.text_embed = nn.Embedding(config.vocab_size, config.width)
         self.vision_embed = VisionEmbedding(config)
         self.positions = Twin(
@@ -161,18 +182,27 @@ class BEiT3(nn.Module):
         self.norm = _norms(config.width)
 
     def init_weights(self) -> None:
-        """Initialise for training from scratch, as the published wrapper does, but for the positions.
+        """Initialise for training from scratch: linear layers as torchscale's modules do, positions in a way of ours.
 
-        The published tables start with a deviation of 1, fourteen times that of the words of a narrow encoder, which
-        then hardly tells two phrases apart. Published weights are loaded over them; here they are learned.
+        The published wrapper starts with smaller linear weights, made for its widths, and with position tables of
+        deviation 1, fourteen times that of the words of a narrow encoder, which then hardly tells two phrases apart.
+        Here words get a small table. Image patches get waves, from which their place can be read at once.
         """
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                _truncated_normal(module.weight)
+                is_read = any(part in name for part in ("q_proj", "k_proj", "v_proj"))
+                nn.init.xavier_uniform_(module.weight, gain=math.sqrt(0.5) if is_read else 1.0)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.text_embed.weight, std=self.config.width**-0.5)
-        for table in (self.positions.A, self.positions.B):
-            nn.init.normal_(table.weight, std=POSITION_STD)
+        nn.init.normal_(self.positions.B.weight, std=WORD_POSITION_STD)
+        with torch.no_grad():
+            self.positions.A.weight.zero_()
+            self.positions.A.weight[POSITION_OFFSET + 1 :] = _waves(self.grid, self.config.width)
+
+    @property
+    def grid(self) -> int:
+        """Patches on a side of the image."""
+        return self.config.image_size // self.config.patch_size
 
     def embed_image(self, pixels: Tensor) -> Tensor:
         """[B, 3, S, S] to tokens with their places, [B, V, D]."""
@@ -186,19 +216,19 @@ class BEiT3(nn.Module):
         text = self.text_embed(ids) + self.positions.B.weight[POSITION_OFFSET : POSITION_OFFSET + ids.shape[1]]
         return text if padding is None else text.masked_fill(padding[..., None], 0.0)
 
-    def embed(
-        self, pixels: Tensor, ids: Tensor, padding: Tensor | None, image_index: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return image tokens [N, V, D], text tokens [N, T, D] and the key padding [N, V + T] or None."""
-        text, image = self.embed_text(ids, padding), self.embed_image(pixels)
-        if image_index is not None:
-            image = image.index_select(0, image_index)
-        elif len(image) != len(ids):
-            image = image.expand(len(ids), -1, -1)
-        if padding is None:
-            return image, text, None
-        keep = padding.new_zeros(len(ids), image.shape[1])
-        return image, text, torch.cat([keep, padding], dim=1)
+    def read_apart(self, pixels: Tensor, ids: Tensor, padding: Tensor | None, layers: int) -> tuple[Tensor, Tensor]:
+        """Return image tokens [B, V, D] and text tokens [N, T, D] after so many layers, neither seeing the other."""
+        image, text = self.embed_image(pixels), self.embed_text(ids, padding)
+        no_image, no_text = image[:1, :0].expand(len(text), -1, -1), text[:1, :0].expand(len(image), -1, -1)
+        for layer in self.layers[:layers]:
+            image, _ = self._run(layer, image, no_text, None)
+            _, text = self._run(layer, no_image, text, padding)
+        return image, text
+
+    def _run(self, layer: Layer, image: Tensor, text: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, image, text, padding, use_reentrant=False)
+        return layer(image, text, padding)
 
     def forward(
         self,
@@ -217,7 +247,7 @@ class BEiT3(nn.Module):
             ids: int64 [N, T].
             padding: bool [N, T], True at padding; None where there is none.
             image_index: int64 [N], the image of each phrase; None where N = B or B = 1.
-            points: whether to say also how well each patch of the image fits the [CLS] vector.
+            points: whether to say also which patches of the image the tokens mark as meant.
             apart: whether to read images and phrases also apart from each other.
             fused: whether to read them together, which is what everything but training asks for.
 
@@ -225,40 +255,39 @@ class BEiT3(nn.Module):
             PromptError: the phrase has more tokens than the position table.
         """
         if not fused:
-            return EncoderOutput(None, None, *self._apart(pixels, ids, padding))
-        image, text, key_padding = self.embed(pixels, ids, padding, image_index)
-        again = self.gradient_checkpointing and torch.is_grad_enabled()
-        for layer in self.layers[:-1]:
-            if again:
-                image, text = checkpoint(layer, image, text, key_padding, use_reentrant=False)
-            else:
-                image, text = layer(image, text, key_padding)
+            return EncoderOutput(None, None, *self._pooled(*self._apart(pixels, ids, padding), padding))
+        read = self.read_apart(pixels, ids, padding, self.config.apart_layers)
+        image, text, key_padding = pair(*read, padding, image_index)
+        for layer in self.layers[self.config.apart_layers : -1]:
+            image, text = self._run(layer, image, text, key_padding)
         first, _ = self.layers[-1](image, text, key_padding, first_only=True)
         vector, fit = self.norm.A(first)[:, 0], None
         if points:
-            fit = F.cosine_similarity(self.norm.A(image[:, 1:]), vector[:, None], dim=-1) * FIT_SCALE + FIT_BIAS
-            side = self.config.image_size // self.config.patch_size
-            fit = fit.view(-1, side, side)
-        return EncoderOutput(vector, fit, *(self._apart(pixels, ids, padding) if apart else (None, None)))
+            patches = F.layer_norm(image[:, 1:], image.shape[-1:], eps=EPS)
+            fit = (patches @ self.vision_embed.mask_token[0, 0] + FIT_BIAS).unflatten(1, (self.grid, self.grid))
+        if not apart:
+            return EncoderOutput(vector, fit)
+        read = read if self.config.apart_layers else self._apart(pixels, ids, padding)
+        return EncoderOutput(vector, fit, *self._pooled(*read, padding))
 
     def _apart(self, pixels: Tensor, ids: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return `EncoderOutput.patches` and `EncoderOutput.words`, by all layers but the last."""
-        image, text = self.embed_image(pixels), self.embed_text(ids, padding)
-        no_image, no_text = image[:1, :0].expand(len(text), -1, -1), text[:1, :0].expand(len(image), -1, -1)
-        for layer in self.layers[:-1]:
-            image, _ = layer(image, no_text, None)
-            _, text = layer(no_image, text, padding)
-        text = self.norm.B(text)
+        """Return the tokens of which `EncoderOutput.patches` and `EncoderOutput.words` are made."""
+        return self.read_apart(pixels, ids, padding, self.config.apart_layers or len(self.layers) - 1)
+
+    def _pooled(self, image: Tensor, text: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return normalised patches [B, V - 1, D] and the mean of the words of each phrase, [N, D]."""
+        patches, text = (F.layer_norm(tokens, tokens.shape[-1:], eps=EPS) for tokens in (image[:, 1:], text))
         if padding is None:
-            return self.norm.A(image[:, 1:]), text.mean(1)
+            return patches, text.mean(1)
         keep = (~padding).to(text.dtype)[..., None]
-        return self.norm.A(image[:, 1:]), (text * keep).sum(1) / keep.sum(1)
+        return patches, (text * keep).sum(1) / keep.sum(1)
 
     def forward_all(
         self, pixels: Tensor, ids: Tensor, padding: Tensor | None = None, image_index: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the last layer's output of every token, [N, V, D] and [N, T, D]: the slow twin of `forward`."""
-        image, text, key_padding = self.embed(pixels, ids, padding, image_index)
-        for layer in self.layers:
+        read = self.read_apart(pixels, ids, padding, self.config.apart_layers)
+        image, text, key_padding = pair(*read, padding, image_index)
+        for layer in self.layers[self.config.apart_layers :]:
             image, text = layer(image, text, key_padding)
         return self.norm(image, text)
