@@ -157,6 +157,8 @@ class Segmenter(nn.Module):
         Raises:
             ModelError: there is no working compiler.
         """
+        # Traced, it would end the graph, and every part be compiled alone. Said here: it imports the compiler, 1.4 s.
+        torch.compiler.assume_constant_result(_threads)
         compiled = torch.compile(self.encode_image, dynamic=False)
         weight = next(self.parameters())
         side = self.image_spec.size
@@ -184,9 +186,8 @@ def count_parts(scratch: int, tokens: Tensor) -> int:
     return max(1, math.ceil(scratch / (PART_BYTES * _threads())))
 
 
-@torch.compiler.assume_constant_result
 def _threads() -> int:
-    """Return `torch.get_num_threads()`, which torch.compile cannot trace: it would compile every part by itself."""
+    """Return `torch.get_num_threads()`, a constant for torch.compile: see `compile_image_encoder`."""
     return torch.get_num_threads()
 
 
