@@ -1,6 +1,5 @@
 """The work of inference.py: a list of images and phrases to pictures, masks and results.json, resumable."""
 
-import contextlib
 import glob
 import hashlib
 import json
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from configs.inference import InferenceArgs, PhraseArgs
 from utils.distributed import Ranks
 from utils.errors import ImageError, ModelError, PromptError
-from utils.files import atomic_path, write_json
+from utils.files import append_line, atomic_path, read_lines, write_json
 from utils.image import IMAGE_SUFFIXES, read_image
 from utils.masks import encode_rle, save_mask
 from utils.precision import choose_device, choose_dtype
@@ -290,12 +289,8 @@ def _record_files(folder: Path) -> list[Path]:
 
 
 def append_record(folder: Path, rank: int, record: dict[str, Any]) -> None:
-    """Add one image to this rank's list; written at once, so that a stopped run loses nothing.
-
-    It begins a line of its own, for a stopped run may have left half of one. ASCII has no other ends of line.
-    """
-    with (folder / f"results.rank{rank}.jsonl").open("a", encoding="ascii") as file:
-        file.write("\n" + json.dumps({**record, "written": time.time()}) + "\n")
+    """Add one image to this rank's list."""
+    append_line(folder / f"results.rank{rank}.jsonl", {**record, "written": time.time()})
 
 
 def read_records(folder: Path) -> dict[str, dict[str, Any]]:
@@ -304,10 +299,7 @@ def read_records(folder: Path) -> dict[str, dict[str, Any]]:
     Of two records of one image, and of two images that wrote the same files, the later one counts.
     """
     records = _finished_records(folder)
-    for path in _record_files(folder):
-        for line in path.read_text("ascii", errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
+    records += [record for path in _record_files(folder) for record in read_lines(path)]
     for key in ("image", "stem"):
         records.sort(key=lambda record: record.get("written", 0.0))
         records = list({record[key]: record for record in records}.values())

@@ -224,18 +224,7 @@ class ImagePredictor:
             found[name] = value.expand(count, *value.shape[1:])
         if phrases not in (0, count):
             raise PromptError(f"{phrases} phrases for {count} prompts. Give one of each for all, or one each")
-        return self._to_input(Prompts(**found), size)
-
-    def _to_input(self, prompts: Prompts, size: tuple[int, int]) -> Prompts:
-        resized = self.image_spec.resized_size(*size)
-        scale = torch.tensor([resized[1] / size[1], resized[0] / size[0]])
-        device = self.model.device  # positions stay float32 in every precision: bf16 cannot count to 1024
-        return Prompts(
-            None if prompts.points is None else (prompts.points * scale).to(device),
-            None if prompts.labels is None else prompts.labels.to(device),
-            None if prompts.boxes is None else (prompts.boxes * scale.repeat(2)).to(device),
-            None if prompts.masks is None else prompts.masks.to(device, self.model.dtype),
-        )
+        return to_input(Prompts(**found), self.image_spec, size, self.model)
 
     @torch.inference_mode()
     def _predict(self, images: _Images, phrases: list[str], index: list[int], prompts: Prompts) -> list[Prediction]:
@@ -276,6 +265,23 @@ class ImagePredictor:
         """Return masks, logits and boxes; threshold and boxes are computed where the logits are."""
         masks = logits > self.threshold
         return masks.cpu().numpy(), logits.cpu().numpy(), boxes_of_masks(masks).cpu().numpy()
+
+
+def to_input(prompts: Prompts, spec: ImageSpec, size: tuple[int, int], model: EVFModel) -> Prompts:
+    """Return prompts in the pixels of a network input, on the model's device.
+
+    Args:
+        prompts: in pixels of an image of `size` (H, W), which `spec` prepares.
+    """
+    resized = spec.resized_size(*size)
+    scale = torch.tensor([resized[1] / size[1], resized[0] / size[0]])
+    device = model.device  # positions stay float32 in every precision: bf16 cannot count to 1024
+    return Prompts(
+        None if prompts.points is None else (prompts.points * scale).to(device),
+        None if prompts.labels is None else prompts.labels.to(device),
+        None if prompts.boxes is None else (prompts.boxes * scale.repeat(2)).to(device),
+        None if prompts.masks is None else prompts.masks.to(device, model.dtype),
+    )
 
 
 def with_batch(values: np.ndarray | Sequence | Tensor, shape: tuple[int | None, ...], name: str, needed: str) -> Tensor:

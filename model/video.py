@@ -15,7 +15,7 @@ from utils.image import ImageLike, read_image
 from utils.tokenizer import PhraseTokenizer
 
 from .evf import EVFModel
-from .predictor import with_batch
+from .predictor import to_input, with_batch
 from .tracker import Found, ObjectMemory, Remembered, Tracker, fill_holes
 from .types import ImageFeatures, Prompts
 
@@ -386,13 +386,8 @@ class VideoPredictor:
         memories: Sequence[ObjectMemory],
         frame: int,
     ) -> Found:
-        side, (height, width), device = self.image_spec.size, image.shape[:2], self.model.device
-        scale = torch.tensor([side / width, side / height])
         is_single = prompts.boxes is not None or prompts.points.shape[1] > 1
-        if prompts.boxes is not None:
-            placed = Prompts(boxes=(prompts.boxes * scale.repeat(2)).to(device))
-        else:
-            placed = Prompts(points=(prompts.points * scale).to(device), labels=prompts.labels.to(device))
+        placed = to_input(prompts, self.image_spec, image.shape[:2], self.model)
         sparse, _ = self.model.segmenter.encode_prompts(placed)
         sparse = sparse.to(features.embedding.dtype)
         return self.tracker.prompt(features, sparse, memories, frame, self._step, self.length, is_single)

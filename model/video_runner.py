@@ -17,7 +17,7 @@ from tqdm import tqdm
 from configs.video import VideoArgs
 from utils.distributed import Ranks
 from utils.errors import ImageError, ModelError, PromptError
-from utils.files import atomic_path, write_json
+from utils.files import append_line, atomic_path, read_lines, write_json
 from utils.image import read_image
 from utils.masks import boxes_of_masks, encode_rle
 from utils.tokenizer import semantic_phrase
@@ -186,17 +186,11 @@ class _Job:
             for number, text, score, box, rle in rows
         ]
         record = {"frame": self.frames.places[frame.index], "name": name, "objects": objects}
-        with (self.folder / LINES).open("a", encoding="ascii") as file:
-            file.write("\n" + json.dumps(record) + "\n")
+        append_line(self.folder / LINES, record)
 
     def finish(self) -> None:
         """Write results.json and the video from what was written for each frame."""
-        records: dict[int, dict[str, Any]] = {}
-        if (self.folder / LINES).is_file():
-            for line in (self.folder / LINES).read_text("ascii", errors="replace").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    record = json.loads(line)
-                    records[record["frame"]] = record
+        records = {record["frame"]: record for record in read_lines(self.folder / LINES)}
         ordered = [records[frame] for frame in sorted(records)]
         fps = self.args.fps or (self.frames.video.fps or FOLDER_FPS) / self.args.stride
         with VideoWriter(self.folder / f"{self.name}.mp4", fps) as writer:

@@ -1,5 +1,6 @@
 """Writing files so that nothing is ever half-written."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -23,9 +24,33 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def json_text(value: Any) -> str:
+    """Return `value` as `write_json` writes it."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_path(path) as temporary:
         # A file name may hold bytes that are not UTF-8; backslashreplace writes them as the JSON escape.
-        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        temporary.write_text(json_text(value), encoding="utf-8", errors="backslashreplace")
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Add `value` to a file of JSON lines at once, so that a stopped run loses nothing.
+
+    It begins a line of its own, for a stopped run may have left half of one. ASCII has no other ends of line.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="ascii") as file:
+        file.write("\n" + json.dumps(value) + "\n")
+
+
+def read_lines(path: Path) -> list[Any]:
+    """Return what `append_line` wrote; a line cut off by a stop is dropped, and no file is no line."""
+    values = []
+    if path.is_file():
+        for line in path.read_text("ascii", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                values.append(json.loads(line))
+    return values

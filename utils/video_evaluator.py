@@ -1,6 +1,5 @@
 """Measuring on videos: phrases are followed through clips; J and F where masks are known, else a zip to hand in."""
 
-import json
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from .distributed import Ranks
 from .errors import TrainingError
 from .evaluator import gather
-from .files import atomic_path, write_json
+from .files import append_line, atomic_path, json_text, read_lines, write_json
 from .video_metrics import contour_accuracy, region_similarity
 
 TOGETHER = 8
@@ -113,22 +112,12 @@ def summarise(results: Iterable[ClipResult]) -> dict[str, float | int | None]:
 
 def read_done(path: Path) -> dict[str, list[ClipResult]]:
     """Return the clips that an earlier run finished, from its lines; one cut off by a stop is dropped."""
-    done: dict[str, list[ClipResult]] = {}
-    if path.is_file():
-        for line in path.read_text("utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            done[entry["clip"]] = [ClipResult(**result) for result in entry["results"]]
-    return done
+    return {entry["clip"]: [ClipResult(**result) for result in entry["results"]] for entry in read_lines(path)}
 
 
 def add_done(path: Path, clip: str, results: Sequence[ClipResult]) -> None:
     """Add a finished clip."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" + json.dumps({"clip": clip, "results": [asdict(result) for result in results]}) + "\n")
+    append_line(path, {"clip": clip, "results": [asdict(result) for result in results]})
 
 
 def measure(predictor: Any, sets: Sequence[Any], ranks: Ranks, out: str | None, settings: dict[str, Any]) -> int:
@@ -169,9 +158,7 @@ def _earlier(folder: Path, settings: dict[str, Any], ranks: Ranks) -> dict[str, 
     """Return what an earlier run with the same settings finished; clips of another are forgotten."""
     stated = folder / "settings.json"
     parts = sorted(folder.glob("clips.rank*.jsonl"))
-    is_same = (
-        stated.is_file() and stated.read_text("utf-8") == json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
-    )
+    is_same = stated.is_file() and stated.read_text("utf-8") == json_text(settings)
     done = {name: results for path in parts if is_same for name, results in read_done(path).items()}
     ranks.wait_for_all()
     if ranks.is_first and not is_same:
