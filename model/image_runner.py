@@ -147,12 +147,21 @@ def check_outputs(args: InferenceArgs, jobs: list[Job], folder: Path) -> None:
     Raises:
         ModelError, ImageError: which one and why.
     """
-    file = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
-    if file is not None:
-        raise ModelError(f"--vis_save_path {folder}: {file} is a file. Give a folder")
+    check_folder(folder)
     name, count = Counter(name for job in jobs for name in files_of(args, job)).most_common(1)[0]
     if count > 1:
         raise ImageError(f"two images would write the same file {name}. Run them one at a time, to two folders")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder for results that cannot be one.
+
+    Raises:
+        ModelError: it or one above it is a file.
+    """
+    file = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise ModelError(f"--vis_save_path {folder}: {file} is a file. Give a folder")
 
 
 def find_images(pattern: str) -> list[Job]:

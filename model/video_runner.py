@@ -24,7 +24,7 @@ from utils.tokenizer import semantic_phrase
 from utils.video_io import FrameFolder, VideoFile, VideoWriter, open_frames
 from utils.visualize import PALETTE, overlay, save_picture, with_legend
 
-from .image_runner import RESULTS, check_args, file_state, load, settings_digest
+from .image_runner import RESULTS, check_args, check_folder, file_state, load, settings_digest
 from .video import VideoFrame, VideoPredictor
 
 STATE, LINES = "state.pt", "results.partial.jsonl"
@@ -66,11 +66,16 @@ def run(args: VideoArgs) -> int:
         TextSAMError: a bad option or frame; what was written before stays, and the next run goes on there.
     """
     check_args(args)
+    if args.fps is not None and args.fps <= 0:
+        raise ModelError(f"--fps {args.fps}: needed is a positive number, or leave it out")
+    if args.fill_holes < 0:
+        raise ModelError(f"--fill_holes {args.fill_holes}: needed is 0 (fill none) or more")
     source, folder = Path(args.image_path), Path(args.vis_save_path)
     frames = Frames(open_frames(source, args.max_pixels), args.start, args.end, args.stride)
     if isinstance(frames.video, FrameFolder) and not frames.video.are_numbered:
         logger.warning("names of frames are not all numbers: sorted as people sort, from %s", frames.names[0])
     at = _phrase_frame(args, frames)
+    check_folder(folder)
     frames[at]  # a frame that cannot be read is said before the weights are loaded
     image_predictor = load(args, Ranks.from_environment(args.local_rank))
     video = VideoPredictor(

@@ -164,6 +164,9 @@ def test_broken_frames(options, frames, capsys):
         ({"frame": 5}, PromptError, "--frame 5"),
         ({"prompt": ("",)}, PromptError, "empty phrase"),
         ({"redetect": 0}, ModelError, "redetect 0"),
+        ({"fps": 0.0}, ModelError, r"--fps 0\.0"),
+        ({"fill_holes": -1}, ModelError, "--fill_holes -1"),
+        ({"vis_save_path": __file__}, ModelError, "is a file"),
         ({"version": "nano", "model_type": "auto"}, ModelError, "no memory"),
     ],
 )
