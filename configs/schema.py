@@ -77,6 +77,10 @@ class SAM2Config:
     """Side of the background position table."""
     version: str = "2.0"
     image_size: int = 1024
+    decoder_mlp: int = 2048
+    """Inner width of the MLPs of the mask decoder and the memory attention; those of the memory encoder have half."""
+    memory_layers: int = 4
+    """Layers of the memory attention."""
     has_video: bool = True
     """Whether the memory modules and the object-score head are there: video tracking needs them, images do not."""
 

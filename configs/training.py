@@ -30,6 +30,9 @@ class ModelArgs:
     """SAM .pth, SAM-2 .pt or EfficientSAM .pt file to start the segmenter from; without it, random weights."""
     encoder_checkpoint: str | None = None
     """BEiT-3 .pth file to start the encoder from (the plain pre-trained one, not ITC); without it, random weights."""
+    phrases_from: str | None = None
+    """Take encoder, projector and the code of places from this checkpoint, whose segmenter may be another: what its
+    phrases say of where things are, the new segmenter can learn to use. Ours."""
     tokenizer: str | None = None
     """Sentencepiece file or its folder (beit3.spm); by default that of the checkpoint."""
     max_length: int = 512
@@ -57,6 +60,8 @@ class ModelArgs:
                 "model.checkpoint holds a whole model; segmenter_checkpoint and encoder_checkpoint hold parts of one. "
                 "Give one or the other"
             )
+        if self.phrases_from and self.encoder_checkpoint:
+            raise TrainingError("model.phrases_from and model.encoder_checkpoint both hold an encoder. Give one")
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,9 @@ class DataArgs:
     """Chance of mirroring an image (0 to 1). Published: none. The authors advise 0.5 for SAM-2 and nothing stronger."""
     flip_words: Literal["swap", "skip"] = "swap"
     """What a mirrored image does to phrases with left and right: swap the words, or leave such images as they are."""
+    stray_words: float = 0.0
+    """Chance that a phrase gets one or two words of the tokenizer that no phrase of the data holds (0 to 1), so that an
+    encoder that starts from random weights learns to pass over words it does not know. Ours."""
     feature_cache: str | None = None
     """Folder that keeps the image features (bf16) of a frozen image encoder: later epochs read them."""
     skip_missing: bool = False
@@ -97,6 +105,7 @@ class DataArgs:
         )
         _require(all(rate > 0 for rate in self.rates), f"data.rates {list(self.rates)}: needed are positive numbers")
         _require(0 <= self.flip <= 1, f"data.flip {self.flip}: needed is a chance from 0 to 1")
+        _require(0 <= self.stray_words <= 1, f"data.stray_words {self.stray_words}: needed is a chance from 0 to 1")
         for name in ("phrases_per_image", "batch_size"):
             value = getattr(self, name)
             _require(value >= 1, f"data.{name} {value}: needed is at least 1")

@@ -24,7 +24,7 @@ from .mixture import (
 )
 from .reader import PhraseDataset
 from .sample import Batch
-from .transforms import HorizontalFlip
+from .transforms import HorizontalFlip, StrayWords, unused_words
 
 LOWERCASED = frozenset({"refclef", "refcoco", "refcoco+", "refcocog", "grefcoco"})
 """Families whose phrases the published evaluation lower-cases."""
@@ -42,7 +42,7 @@ def open_mixture(args: DataArgs, seed: int) -> Mixture:
         names = [name for part in text.split(",") for name in expand(part.strip())]
         options = {"skip_missing": args.skip_missing, "max_pixels": args.max_pixels}
         groups.append(Group(tuple(open_dataset(name, args.root, **options) for name in names), rate))
-    flip = HorizontalFlip(args.flip, args.flip_words) if args.flip else None
+    flip = (HorizontalFlip(args.flip, args.flip_words),) if args.flip else ()
     return Mixture(groups, args.phrases_per_image, args.sampling, seed, flip)
 
 
@@ -61,6 +61,8 @@ def training_batches(
 ) -> Callable[[int, int], Iterator[list[Batch]]]:
     """Return what the trainer asks for batches: (start, stop) -> the batches of each step of this rank."""
     shares = Shares(args.batch_size, forwards, ranks.rank, ranks.world)
+    if args.stray_words:
+        mixture.add(StrayWords(args.stray_words, unused_words(collate.tokenizer.words(), mixture.all_phrases())))
 
     def steps(start: int, stop: int) -> Iterator[list[Batch]]:
         return training_steps(mixture, collate, shares, start, stop, args.workers, pin_memory)

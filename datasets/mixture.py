@@ -34,7 +34,7 @@ class Mixture(Dataset[Sample | TextSAMError]):
     Args:
         phrases: how many phrases of an image are drawn, at most; without replacement.
         seed: another seed is another stream.
-        transform: applied to each sample with a generator of its own.
+        transforms: applied to each sample one after the other, with a generator of its own.
 
     Raises:
         DataError: nothing to draw from, or rates that `shuffle` cannot honour.
@@ -46,7 +46,7 @@ class Mixture(Dataset[Sample | TextSAMError]):
         phrases: int = 3,
         sampling: str = "random",
         seed: int = 0,
-        transform: Transform | None = None,
+        transforms: Sequence[Transform] = (),
     ) -> None:
         for group in groups:
             for dataset in group.sets:
@@ -55,7 +55,7 @@ class Mixture(Dataset[Sample | TextSAMError]):
         if not groups:
             raise DataError("no data sets to train on. Name at least one in data.sets")
         self.groups, self.phrases, self.sampling, self.seed = tuple(groups), phrases, sampling, seed
-        self.transform = transform
+        self.transforms = tuple(transforms)
         rates = np.array([group.rate for group in groups], dtype=np.float64)
         self._bounds = np.cumsum(rates / rates.sum())
         self._places = self._table(rates) if sampling == "shuffle" else None
@@ -102,7 +102,20 @@ class Mixture(Dataset[Sample | TextSAMError]):
             sample = dataset.load(index, chosen)
         except TextSAMError as error:
             return error
-        return self.transform(sample, generator) if self.transform else sample
+        for transform in self.transforms:
+            sample = transform(sample, generator)
+        return sample
+
+    def add(self, transform: Transform) -> None:
+        """Apply one more transform to each sample, after the others."""
+        self.transforms += (transform,)
+
+    def all_phrases(self) -> Iterator[str]:
+        """Yield every text of every data set."""
+        for group in self.groups:
+            for dataset in group.sets:
+                for index in range(len(dataset)):
+                    yield from dataset.phrases(index)
 
 
 @lru_cache(maxsize=2)

@@ -1,6 +1,7 @@
 """What may be done to a sample before training. Nothing is, unless asked: strong augmentation hurts."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,6 +13,7 @@ from .phrases import is_unsure, names_side, swap_sides
 from .sample import Sample
 
 Transform = Callable[[Sample, np.random.Generator], Sample]
+_WORD = re.compile(r"[^\W\d_]+")
 
 
 @dataclass(frozen=True)
@@ -48,3 +50,41 @@ class HorizontalFlip:
             phrases=tuple(swap_sides(phrase) for phrase in sample.phrases),
             key=f"{sample.key}#flip",
         )
+
+
+@dataclass(frozen=True)
+class StrayWords:
+    """Puts one or two words into some phrases that no phrase of the data holds, so that nothing can be learned of them.
+
+    A model that starts from random weights has no other way to learn that a word it does not know may be passed over.
+
+    * `chance`: how likely a phrase gets them, 0 to 1. `words`: what is drawn from.
+
+    Raises:
+        DataError: there are no words.
+    """
+
+    chance: float
+    words: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if not self.words:
+            raise DataError("data.stray_words: the data use every word of the tokenizer, none is left. Set it to 0")
+
+    def __call__(self, sample: Sample, generator: np.random.Generator) -> Sample:
+        """Return the sample with other phrases."""
+        return replace(sample, phrases=tuple(self._mix(phrase, generator) for phrase in sample.phrases))
+
+    def _mix(self, phrase: str, generator: np.random.Generator) -> str:
+        if generator.random() >= self.chance:
+            return phrase
+        words = phrase.split()
+        for _ in range(generator.integers(1, 3)):
+            words.insert(generator.integers(len(words) + 1), self.words[generator.integers(len(self.words))])
+        return " ".join(words)
+
+
+def unused_words(words: Sequence[str], phrases: Iterable[str]) -> list[str]:
+    """Return those words that no phrase holds, in any case of letters."""
+    used = {word for phrase in phrases for word in _WORD.findall(phrase.lower())}
+    return [word for word in words if word.lower() not in used]

@@ -148,6 +148,10 @@ def prepare_model(args: ModelArgs, loss: LossArgs = DEFAULT_LOSS) -> Trainable:
             encoder_checkpoint=args.encoder_checkpoint,
             pretrained=False,
         )
+    if args.phrases_from:
+        source = find_source(args.phrases_from)
+        take_phrases(model, load_model(source, dtype=torch.float32), args.phrases_from)
+        path = path or str(source)
     if path is None:
         raise TrainingError(
             "model.tokenizer is not set. Give the sentencepiece file that the encoder was trained with (beit3.spm)"
@@ -162,6 +166,26 @@ def prepare_model(args: ModelArgs, loss: LossArgs = DEFAULT_LOSS) -> Trainable:
     probe = add_lora(model, args.lora_rank, args.lora_alpha, loss) if args.lora_rank else leave_out_idle(model, loss)
     model.encoder.gradient_checkpointing = args.gradient_checkpointing
     return Trainable(model, tokenizer, report(model, probe.idle), [f"model.{name}" for name in probe.outside])
+
+
+def take_phrases(model: EVFModel, other: EVFModel, name: str) -> None:
+    """Copy what understands phrases, and how places are coded, from another model.
+
+    Args:
+        name: what errors call the other.
+
+    Raises:
+        CheckpointError: it has no encoder, or one of another size.
+    """
+    if other.encoder is None or other.encoder.config != model.encoder.config:
+        raise CheckpointError(
+            f"{name} is {other.config.name}: its encoder does not fit {model.config.name}. Give a checkpoint with "
+            f"BEiT-3 {model.config.encoder_name}"
+        )
+    model.encoder.load_state_dict(other.encoder.state_dict())
+    model.projector.load_state_dict(other.projector.state_dict())
+    with torch.no_grad():
+        model.segmenter.position_matrix.copy_(other.segmenter.position_matrix)
 
 
 def add_lora(model: EVFModel, rank: int, alpha: float, loss: LossArgs = DEFAULT_LOSS) -> Probe:

@@ -5,7 +5,7 @@ import pytest
 
 from datasets.phrases import names_side, swap_sides
 from datasets.sample import Sample
-from datasets.transforms import HorizontalFlip
+from datasets.transforms import HorizontalFlip, StrayWords, unused_words
 from utils.errors import DataError
 
 SWAPPED = {
@@ -85,3 +85,23 @@ def test_options():
         HorizontalFlip(2.0)
     with pytest.raises(DataError, match="words 'drop': known are"):
         HorizontalFlip(0.5, "drop")
+
+
+def test_stray_words_are_put_in_and_nothing_is_lost():
+    sample = make_sample(*["the cup on the left"] * 200)
+    mixed = StrayWords(0.5, ("zorb", "quill"))(sample, np.random.default_rng(0))
+    assert mixed.masks is sample.masks
+    counts = [len(phrase.split()) - 5 for phrase in mixed.phrases]
+    assert set(counts) == {0, 1, 2}
+    assert 70 < sum(count > 0 for count in counts) < 130
+    assert all(" ".join(w for w in p.split() if w not in ("zorb", "quill")) == sample.phrases[0] for p in mixed.phrases)
+    firsts, lasts = {p.split()[0] for p in mixed.phrases}, {p.split()[-1] for p in mixed.phrases}
+    assert firsts == {"the", "zorb", "quill"}
+    assert lasts == {"left", "zorb", "quill"}
+    assert StrayWords(0.0, ("zorb",))(sample, np.random.default_rng(0)).phrases == sample.phrases
+
+
+def test_stray_words_are_those_that_no_phrase_holds():
+    assert unused_words(["cup", "Left", "zorb", "hand"], ["the left-hand CUP, please"]) == ["zorb"]
+    with pytest.raises(DataError, match=r"data\.stray_words.*Set it to 0"):
+        StrayWords(0.1, [])

@@ -92,14 +92,15 @@ def digest(out):
 # --- the resolver of this test: reads words, looks only at masks, knows nothing of the generator's margins ---
 
 RELATIONS = (
-    ("left", r"to the left of|on the left side of|on the left of|at the left of|left of"),
-    ("right", r"to the right of|on the right side of|on the right of|at the right of|right of"),
-    ("above", r"up above|above|over|higher than"),
-    ("below", r"below|under|beneath|lower than|underneath"),
-    ("beside", r"next to|side by side with|beside|by"),
-    ("nearest", r"closest to|nearest to|nearest|close to"),
+    ("left", r"(?:to|on) the left side of|(?:to|on|at) the left of|(?:just |directly )?left of|further left than"),
+    ("right", r"(?:to|on) the right side of|(?:to|on|at) the right of|(?:just |directly )?right of|further right than"),
+    ("above", r"(?:up|just|directly|somewhere) above|above|over|(?:up )?higher than"),
+    ("below", r"(?:down|just|directly|somewhere) below|below|under|beneath|lower than|underneath"),
+    ("beside", r"next to|side by side with|(?:just )?beside|alongside|at the side of|by"),
+    ("nearest", r"(?:the )?closest to|nearest to|nearest|close to"),
 )
 NOT_A_THING = r"(?! (?:to )?(?:the )?(?:picture|image|row|top(?! hat)|bottom|two|three|four|five)\b)"
+FILLERS = "that is|which is|that's|located|that lies|lying|that can be seen|placed|found"
 RANKS = {"first": 1, "1st": 1, "second": 2, "2nd": 2, "third": 3, "3rd": 3, "fourth": 4, "4th": 4}
 EXTREMES = (
     ("left", r"left ?most|(?:far|farthest|furthest)(?: to the)? left"),
@@ -137,8 +138,8 @@ class Reader:
 
     def read(self, text):
         """Return the set of things a phrase means."""
-        text = re.sub(r"\b(?:that is|which is|that's)\b ?", "", text)
-        parts = re.split(r" and also | and | plus ", text)
+        text = re.sub(rf"\b(?:{FILLERS})\b ?", "", text)
+        parts = re.split(r" and also | and | plus | as well as | together with ", text)
         if len(parts) == 2:
             return self.read_one(parts[0].removeprefix("both ")) | self.read_one(parts[1])
         return self.read_one(text)

@@ -56,6 +56,12 @@ class PhraseTokenizer:
         """Largest id + 1: the pieces, shifted by one, and `<mask>`."""
         return self.pieces.get_piece_size() + 2
 
+    def words(self) -> list[str]:
+        """Return the pieces that are whole words of two letters or more."""
+        pieces = (self.pieces.id_to_piece(index) for index in range(self.pieces.get_piece_size()))
+        words = (piece[1:] for piece in pieces if piece.startswith("\N{LOWER ONE EIGHTH BLOCK}"))
+        return [word for word in words if len(word) > 1 and word.isalpha()]
+
     def encode(self, phrase: str) -> list[int]:
         """Return `[0] + (piece + 1) + [2]` of one phrase.
 

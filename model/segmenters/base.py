@@ -50,9 +50,14 @@ class Segmenter(nn.Module):
         """Return the part that a parameter belongs to: `image_encoder`, `mask_decoder`, `prompt_encoder`, `other`."""
         return next((part for part, beginnings in self.parts.items() if name.startswith(beginnings)), "other")
 
+    @property
+    def position_matrix(self) -> Tensor:
+        """The random directions that places are coded by, float [2, 128]; prompts and image share them."""
+        raise NotImplementedError
+
     def positions(self, side: int, dtype: torch.dtype) -> Tensor:
         """Return the Fourier code of the centres of a grid over the square input, [1, 256, side, side]."""
-        raise NotImplementedError
+        return grid_positions(self.position_matrix, side, dtype)
 
     def region_shares(self, masks: Tensor) -> Tensor:
         """Return how much of what each mask covers lies in each cell of a grid over the square input.

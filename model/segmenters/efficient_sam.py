@@ -17,7 +17,7 @@ from utils.image import ImageSpec
 
 from ..attention import attend
 from ..types import ImageFeatures, MaskPrediction, Prompts
-from .base import PROMPT_WIDTH, SAM_PARTS, Segmenter, first_mask, grid_positions, pick_images
+from .base import PROMPT_WIDTH, SAM_PARTS, Segmenter, first_mask, pick_images
 
 HEADS = 8
 MASK_TOKENS = 4
@@ -45,9 +45,10 @@ class EfficientSAMSegmenter(Segmenter):
     def _encode_prompts(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
         raise NotImplementedError  # `prompt_kinds` is empty: the base class has refused every kind
 
-    def positions(self, side: int, dtype: torch.dtype) -> Tensor:
-        """Return the code of places that prompts and image share; see `Segmenter.positions`."""
-        return grid_positions(self.prompt_encoder.position_matrix, side, dtype)
+    @property
+    def position_matrix(self) -> Tensor:
+        """What places are coded by; see `Segmenter.position_matrix`."""
+        return self.prompt_encoder.position_matrix
 
     def decode(
         self,

@@ -12,7 +12,7 @@ from configs.schema import SAMConfig
 from utils.image import ImageSpec
 
 from ..types import ImageFeatures, MaskPrediction, Prompts
-from .base import SAM_PARTS, Segmenter, count_parts, decode_masks, first_mask, grid_positions, in_parts, pick_images
+from .base import SAM_PARTS, Segmenter, count_parts, decode_masks, first_mask, in_parts, pick_images
 
 
 class SAMSegmenter(Segmenter):
@@ -64,9 +64,10 @@ class SAMSegmenter(Segmenter):
         )
         return (None if sparse is None else sparse[:, 0]), (dense if prompts.masks is not None else None)
 
-    def positions(self, side: int, dtype: torch.dtype) -> Tensor:
-        """Return the code of places that prompts and image share; see `Segmenter.positions`."""
-        return grid_positions(self.prompt_encoder.shared_embedding.positional_embedding, side, dtype)
+    @property
+    def position_matrix(self) -> Tensor:
+        """What places are coded by; see `Segmenter.position_matrix`."""
+        return self.prompt_encoder.shared_embedding.positional_embedding
 
     def decode(
         self,

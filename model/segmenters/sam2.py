@@ -12,7 +12,7 @@ from configs.schema import SAM2Config
 from utils.image import ImageSpec
 
 from ..types import ImageFeatures, MaskPrediction, Prompts
-from .base import Segmenter, best_of_three, decode_masks, first_mask, grid_positions, in_parts, pick_images
+from .base import Segmenter, best_of_three, decode_masks, first_mask, in_parts, pick_images
 
 VIDEO_PARTS = (
     "memory_attention",
@@ -109,9 +109,10 @@ class SAM2Segmenter(Segmenter):
         )
         return (None if sparse is None else sparse[:, 0]), (dense if prompts.masks is not None else None)
 
-    def positions(self, side: int, dtype: torch.dtype) -> Tensor:
-        """Return the code of places that prompts and image share; see `Segmenter.positions`."""
-        return grid_positions(self.sam2.prompt_encoder.shared_embedding.positional_embedding, side, dtype)
+    @property
+    def position_matrix(self) -> Tensor:
+        """What places are coded by; see `Segmenter.position_matrix`."""
+        return self.sam2.prompt_encoder.shared_embedding.positional_embedding
 
     def decode(
         self,
@@ -230,6 +231,10 @@ def _library_config(config: SAM2Config) -> Sam2VideoConfig:
             "backbone_feature_sizes": [[side // stride] * 2 for stride in (4, 8, 16)],
         },
         prompt_encoder_config={"image_size": side},
+        mask_decoder_config={"mlp_dim": config.decoder_mlp},
+        memory_attention_num_layers=config.memory_layers,
+        memory_attention_feed_forward_hidden_size=config.decoder_mlp,
+        memory_fuser_intermediate_dim=config.decoder_mlp // 2,
         enable_temporal_pos_encoding_for_object_pointers=config.version == "2.1",
         enable_occlusion_spatial_embedding=config.version == "2.1",
         memory_attention_rope_feat_sizes=[side // 16] * 2,

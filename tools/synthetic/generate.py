@@ -25,7 +25,7 @@ from .referring import View
 from .scene import draw_scene
 from .sprites import SpriteSet
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same recipe would give other bytes."""
 PARTS = ".synthetic_parts"
 CHUNK = 50

@@ -45,12 +45,16 @@ def _place_after() -> dict[str, tuple[str, ...]]:
         bank[side] = (
             f"on the {side}", f"on the {side}", f"on {side}", f"to the {side}", f"on the {side} side", f"at the {side}",
             f"in the {side} half", f"on the {side} of the picture", f"on {side} side", side,
+            f"towards the {side}", f"near the {side}", f"on the {side} of the image", f"at the {side} of the image",
+            f"in the {side} part", f"on the {side} edge", f"in the half on the {side}", f"along the {side} side",
             f"*at the {side} side", f"*in the {side} half of the image", f"*on the {side} hand side",
         )  # fmt: skip
     for side in ("top", "bottom"):
         bank[side] = (
             f"at the {side}", f"at the {side}", f"at {side}", f"in the {side} half", f"near the {side}",
             f"at the {side} of the picture", f"at the {side} of the image", side,
+            f"in the {_UPPER[side]} half", f"in the {_UPPER[side]} part", f"along the {side}", f"by the {side} edge",
+            f"in the {side} part of the picture", f"near the {side} of the image",
             f"*on the {side} side", f"*in the {side} half of the picture", f"*towards the {side}",
         )  # fmt: skip
     for name, corner in CORNERS.items():
@@ -58,11 +62,15 @@ def _place_after() -> dict[str, tuple[str, ...]]:
         bank[name] = (
             f"in the {corner}", f"on the {corner}", f"at the {corner}", f"in the {corner} corner", f"in {corner}",
             f"at the {up} on the {side}", f"in the {_UPPER[up]} {side}", f"on {corner}", corner,
+            f"near the {corner}", f"towards the {corner}", f"in the {corner} part of the image",
+            f"near the {corner} of the picture", f"near the {_UPPER[up]} {side}", f"in the {side} {up} corner",
+            f"in the {up} half on the {side}", f"to the {_UPPER[up]} {side}",
             f"*at the {_UPPER[up]} {side} corner", f"*in the {corner} of the picture", f"*on the {side} at the {up}",
         )  # fmt: skip
     bank["middle"] = (
         "in the middle", "in the middle", "in the center", "in middle", "in center", "at the center",
-        "in the middle of the picture", "in the center of the image", "*at the middle", "*in the middle of the image",
+        "in the middle of the picture", "in the center of the image", "near the middle", "near the center",
+        "at the center of the picture", "in the middle part", "*at the middle", "*in the middle of the image",
     )  # fmt: skip
     return bank
 
@@ -73,8 +81,8 @@ PLACE_AFTER: Bank = _place_after()
 SIZE: Bank = {"big": ("big", "large", "*bigger"), "small": ("small", "little", "tiny", "*smaller")}
 
 SUPERLATIVE: Bank = {
-    "biggest": ("biggest", "largest", "biggest", "*very biggest"),
-    "smallest": ("smallest", "smallest", "tiniest", "littlest", "*very smallest"),
+    "biggest": ("biggest", "largest", "biggest", "single biggest", "single largest", "*very biggest"),
+    "smallest": ("smallest", "smallest", "tiniest", "littlest", "single smallest", "*very smallest"),
 }
 COMPARATIVE: Bank = {"biggest": ("bigger", "larger"), "smallest": ("smaller", "littler")}
 """Where there are only two of them."""
@@ -99,13 +107,18 @@ ROW_AFTER: Bank = {
 
 RELATION: Bank = {
     "left_of": ("left of", "to the left of", "to the left of", "on the left of", "on the left side of",
+                "just left of", "directly left of", "to the left side of", "further left than",
                 "*at the left of"),
     "right_of": ("right of", "to the right of", "to the right of", "on the right of", "on the right side of",
+                 "just right of", "directly right of", "to the right side of", "further right than",
                  "*at the right of"),
-    "above": ("above", "above", "over", "higher than", "*up above"),
-    "below": ("below", "below", "under", "beneath", "lower than", "*underneath"),
-    "next_to": ("next to", "next to", "beside", "by", "*side by side with"),
-    NEAREST: ("closest to", "nearest to", "nearest", "*close to"),
+    "above": ("above", "above", "over", "higher than", "just above", "directly above", "somewhere above",
+              "up higher than", "*up above"),
+    "below": ("below", "below", "under", "beneath", "lower than", "just below", "directly below",
+              "somewhere below", "down below", "*underneath"),
+    "next_to": ("next to", "next to", "beside", "by", "just beside", "alongside", "at the side of",
+                "*side by side with"),
+    NEAREST: ("closest to", "nearest to", "nearest", "the closest to", "that is closest to", "*close to"),
 }  # fmt: skip
 
 RANK: Mapping[int, tuple[str, ...]] = {
@@ -115,16 +128,39 @@ RANK: Mapping[int, tuple[str, ...]] = {
 ORDER: tuple[str, ...] = (
     "{rank} {noun} from the {side}", "{rank} {noun} from the {side}", "{rank} {noun} from {side}",
     "{rank} {noun} counting from the {side}",
+    "{rank} {noun} starting from the {side}", "{rank} {noun} as seen from the {side}",
     "{noun} {rank} from the {side}", "*{noun} {rank} from {side}", "*{rank} {noun} counted from the {side}",
 )  # fmt: skip
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight"}
 JOIN = (
-    "{one} and {other}", "{one} and {other}", "{one} and also {other}", "both {one} and {other}", "*{one} plus {other}",
+    "{one} and {other}", "{one} and {other}", "{one} and also {other}", "both {one} and {other}",
+    "{one} as well as {other}", "{one} together with {other}", "*{one} plus {other}",
 )  # fmt: skip
-WHICH = ("that is", "which is", "*that's")
+WHICH = (
+    "that is",
+    "which is",
+    "that is",
+    "which is",
+    "located",
+    "that lies",
+    "lying",
+    "that can be seen",
+    "placed",
+    "found",
+    "*that's",
+)
 """Before a place or relation that follows the noun, now and then."""
 QUANTIFIED: Bank = {
-    "all": ("all the {nouns}", "all {nouns}", "every {noun}", "all of the {nouns}", "*each {noun}"),
+    "all": (
+        "all the {nouns}",
+        "all {nouns}",
+        "every {noun}",
+        "all of the {nouns}",
+        "every one of the {nouns}",
+        "each of the {nouns}",
+        "each one of the {nouns}",
+        "*each {noun}",
+    ),
     "bare": ("{nouns}", "the {nouns}"),
     "counted": ("the {number} {nouns}", "{number} {nouns}"),
     "many": ("all {number} {nouns}", "all of the {number} {nouns}"),
@@ -204,7 +240,7 @@ class Speaker:
                 after.append(self._pick(rng, tuple(words for words in bank if " " in words or bare)))
         after += [self._relation(rng, item.name, item.anchor) for item in meaning.filters if item.anchor]
         first = after[0].split() if after and not plural else []
-        if len(first) > 1 and first[0] in _PREPOSITIONS and rng.random() < (0.5 if self.held_out else 0.1):
+        if len(first) > 1 and first[0] in _PREPOSITIONS and rng.random() < (0.5 if self.held_out else 0.2):
             after[0] = f"{self._pick(rng, WHICH)} {after[0]}"
         return before, after
 
@@ -249,6 +285,8 @@ _PREPOSITIONS = {
     "at",
     "in",
     "near",
+    "towards",
+    "along",
     "above",
     "below",
     "under",
@@ -279,7 +317,7 @@ def vocabulary(kinds: tuple[Kind, ...]) -> list[str]:
     """Return every word that a phrase about these kinds can hold, held-out paraphrases included, sorted."""
     words: set[str] = set()
     for template in _banks():
-        words |= set(re.sub(r"\{\w+\}", " ", template.removeprefix("*")).split())
+        words |= set(re.findall(r"[\w'-]+", re.sub(r"\{\w+\}", " ", template.removeprefix("*"))))
     for name in (
         *(n for kind in kinds for n in (kind.name, kind.plural)),
         *GROUPS,
