@@ -2,10 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check bench
+.PHONY: demo demo-video test test-slow check bench
 
 demo: .venv/ready
 	$(BIN)/python -m tools.demo
+
+demo-video: .venv/ready
+	$(BIN)/python -m tools.demo_video
 
 test: .venv/ready
 	$(BIN)/python -m pytest

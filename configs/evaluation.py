@@ -24,7 +24,7 @@ class EvalArgs:
     """What to measure on, one or several: refcoco|unc|val, refcocog|umd|test, grefcoco|unc|val, ade20k|validation, ...;
     all (the eight published splits and their mean); your own .json or .jsonl file; or videos: ref_davis17,
     ref_youtube_vos, mevis, mevis|valid_u."""
-    model_type: Literal["auto", "ori", "effi", "sam2"] = "auto"
+    model_type: Literal["auto", "ori", "effi", "sam2", "efficientvit"] = "auto"
     """Kind of segmenter. The checkpoint says it itself; a value that disagrees is an error."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type of the weights; auto is fp16 on CUDA, as published, and fp32 elsewhere."""

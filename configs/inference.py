@@ -21,7 +21,7 @@ class PhraseArgs:
     """Folder for pictures, masks and results.json."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type of the weights; auto is fp16 on CUDA and fp32 elsewhere. Falls back with a warning where a device cannot."""
-    model_type: Literal["auto", "ori", "effi", "sam2"] = "auto"
+    model_type: Literal["auto", "ori", "effi", "sam2", "efficientvit"] = "auto"
     """Kind of segmenter. The checkpoint says it itself; a value that disagrees is an error."""
     image_size: int | None = None
     """Side of the encoder's image (224 where published); must be what the encoder was trained with, as by default."""

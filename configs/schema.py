@@ -111,7 +111,51 @@ class EfficientSAMConfig:
         _require(self.image_size % 16 == 0, f"segmenter image_size {self.image_size} is not a multiple of 16")
 
 
-SegmenterConfig = SAMConfig | SAM2Config | EfficientSAMConfig
+@dataclass(frozen=True)
+class EfficientViTSAMConfig:
+    """EfficientViT-SAM: stages of convolutions and linear attention, SAM's prompts and mask decoder."""
+
+    widths: tuple[int, ...]
+    """Channels of each stage; each halves the map."""
+    depths: tuple[int, ...]
+    """Blocks with a shortcut of each stage; the block that halves the map comes on top."""
+    kinds: tuple[str, ...]
+    """What each stage is made of: res (the first), fused, mb, att3 or att5 (attention on scales of 3 or 5 pixels)."""
+    expand: tuple[int, ...]
+    """Inner width of each stage's blocks, relative to the outer."""
+    fewer_norm: tuple[int, ...]
+    """Stages whose inner convolutions have a bias instead of a norm."""
+    neck_depth: int
+    neck_expand: int = 1
+    image_size: int = 512
+    prompt_size: int = 1024
+    """Side of the frame that prompts and masks live on."""
+
+    def __post_init__(self) -> None:
+        lengths = {len(part) for part in (self.widths, self.depths, self.kinds, self.expand)}
+        _require(
+            len(lengths) == 1 and len(self.widths) >= 4,
+            f"segmenter widths, depths, kinds and expand have {sorted(lengths)} stages: needed is one count, 4 or more",
+        )
+        known = {"res", "fused", "mb", "att3", "att5"}
+        _require(set(self.kinds) <= known, f"segmenter kinds {list(self.kinds)}: known are {', '.join(sorted(known))}")
+        _require(
+            self.image_size % 2 ** len(self.widths) == 0,
+            f"segmenter image_size {self.image_size} is not a multiple of {2 ** len(self.widths)}",
+        )
+
+    @property
+    def width(self) -> int:
+        """Channels of the deepest stage."""
+        return self.widths[-1]
+
+    @property
+    def layers(self) -> int:
+        """Blocks of all stages."""
+        return sum(self.depths)
+
+
+SegmenterConfig = SAMConfig | SAM2Config | EfficientSAMConfig | EfficientViTSAMConfig
 
 
 @dataclass(frozen=True)
@@ -150,8 +194,11 @@ def _check_type(expected: Any, value: Any, text: str) -> None:
     elif get_origin(expected) is tuple:
         items = get_args(expected)
         length = None if Ellipsis in items else len(items)
-        is_right = isinstance(value, tuple) and all(isinstance(n, int) and n >= 0 for n in value)
-        needed = f"a list of {length or 'any number of'} whole numbers"
+        words = items[0] is str
+        is_right = isinstance(value, tuple) and all(
+            isinstance(n, str) if words else isinstance(n, int) and n >= 0 for n in value
+        )
+        needed = f"a list of {length or 'any number of'} {'words' if words else 'whole numbers'}"
         _require(is_right and length in (None, len(value)), f"{text} {needed}")
 
 

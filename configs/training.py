@@ -11,6 +11,8 @@ from tyro.conf import FlagCreatePairsOff
 from utils.errors import TrainingError
 
 MAX_SEED = 2**63
+OUR_TERMS = ("pointing", "contrast", "prompt", "regions", "iou", "presence")
+CLIP_TERMS = {"bce", "dice", "iou", "presence"}
 
 
 def _require(condition: bool, text: str) -> None:
@@ -38,13 +40,17 @@ class ModelArgs:
     max_length: int = 512
     """Longest phrase in tokens; longer ones are cut with a warning."""
     train_encoder: bool = True
-    """Train BEiT-3 and the projector. Without it, only the projector."""
+    """Train BEiT-3. Without it, only the projector that follows it."""
+    train_projector: bool = True
+    """Train what turns a phrase into a prompt. Without it, and without the encoder, prompts stay as they are."""
     train_mask_decoder: bool | None = None
     """Train the mask decoder; by default for SAM and EfficientSAM, not for SAM-2, as published."""
     train_prompt_encoder: bool | None = None
     """Train the learned "no mask" prompt; by default as the mask decoder."""
     train_image_encoder: bool = False
     """Train the segmenter's image encoder too."""
+    train_memory: bool | None = None
+    """Train SAM 2's memory; by default where clips are trained on (data.clip_frames)."""
     lora_rank: int = 0
     """Train low-rank updates of the encoder's linear layers (peft) instead of all its weights; 0 is off."""
     lora_alpha: float = 16.0
@@ -83,13 +89,20 @@ class DataArgs:
     """Images of one forward of one process."""
     workers: int = 4
     """Processes that read images, per rank; 0 reads in the training process."""
+    clip_frames: int = 0
+    """Train on clips of this many frames of video sets (ref_davis17|train), each phrase read on the first of them; 0
+    trains on images. Ours."""
+    clip_stride: int = 1
+    """Largest distance between the frames of a clip."""
+    clip_start: Literal["random", "first"] = "random"
+    """Where in a video a clip begins; first, where phrases are true of the first frame alone."""
     flip: float = 0.0
     """Chance of mirroring an image (0 to 1). Published: none. The authors advise 0.5 for SAM-2 and nothing stronger."""
     flip_words: Literal["swap", "skip"] = "swap"
     """What a mirrored image does to phrases with left and right: swap the words, or leave such images as they are."""
     stray_words: float = 0.0
-    """Chance that a phrase gets one or two words of the tokenizer that no phrase of the data holds (0 to 1), so that an
-    encoder that starts from random weights learns to pass over words it does not know. Ours."""
+    """Chance that a phrase gets one or two words of the tokenizer that no phrase of the data holds, or punctuation that
+    it does not know (0 to 1): an encoder that starts from random weights learns to pass over them. Ours."""
     feature_cache: str | None = None
     """Folder that keeps the image features (bf16) of a frozen image encoder: later epochs read them."""
     skip_missing: bool = False
@@ -106,7 +119,11 @@ class DataArgs:
         _require(all(rate > 0 for rate in self.rates), f"data.rates {list(self.rates)}: needed are positive numbers")
         _require(0 <= self.flip <= 1, f"data.flip {self.flip}: needed is a chance from 0 to 1")
         _require(0 <= self.stray_words <= 1, f"data.stray_words {self.stray_words}: needed is a chance from 0 to 1")
-        for name in ("phrases_per_image", "batch_size"):
+        _require(
+            self.clip_frames == 0 or self.clip_frames >= 2,
+            f"data.clip_frames {self.clip_frames}: needed is 0 (images) or at least 2",
+        )
+        for name in ("phrases_per_image", "batch_size", "clip_stride"):
             value = getattr(self, name)
             _require(value >= 1, f"data.{name} {value}: needed is at least 1")
         _require(self.workers >= 0, f"data.workers {self.workers}: needed is 0 or more")
@@ -131,12 +148,14 @@ class LossArgs:
     places: the encoder learns to say where without the segmenter. Ours."""
     regions: float = 0.0
     """Weight of bce and dice where that code is the prompt: the segmenter learns without the encoder. Ours."""
+    presence: float = 0.0
+    """Weight of the cross-entropy of whether an object is seen, on every frame of a clip. Ours."""
     iou: float = 0.0
     """Weight of the squared error of the predicted IoU, the score of a mask: 0 where nothing is meant. Ours."""
 
     def terms(self) -> dict[str, float]:
         """Return the weight of each term by name, in the order of a `TrainingStep`'s columns."""
-        ours = {name: getattr(self, name) for name in ("pointing", "contrast", "prompt", "regions", "iou")}
+        ours = {name: getattr(self, name) for name in OUR_TERMS}
         masks = {"bce": self.bce, "dice": self.dice} if self.needs_masks else {}
         return masks | {name: weight for name, weight in ours.items() if weight}
 
@@ -160,7 +179,7 @@ class LossArgs:
         return self.needs_fused or self.contrast > 0
 
     def __post_init__(self) -> None:
-        for name in ("bce", "dice", "pointing", "contrast", "prompt", "regions", "iou"):
+        for name in ("bce", "dice", *OUR_TERMS):
             _require(getattr(self, name) >= 0, f"loss.{name} {getattr(self, name)}: needed is 0 (off) or a weight")
         _require(any(self.terms().values()), "every weight of loss is 0. Give at least one, such as loss.bce 1")
         _require(self.points >= 0, f"loss.points {self.points}: needed is 0 (all pixels) or a count such as 12544")
@@ -173,6 +192,8 @@ class OptimArgs:
     lr: float = 1e-4
     encoder_lr_scale: float = 1.0
     """The encoder's learning rate relative to `lr`. Ours: some relatives of EVF-SAM halve it."""
+    image_lr_scale: float = 1.0
+    """The learning rate of the segmenter's image encoder relative to `lr`. Ours."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Ours."""
     weight_decay: float = 0.0
@@ -190,7 +211,8 @@ class OptimArgs:
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"optim.lr {self.lr}: needed is a positive number such as 1e-4")
-        _require(self.encoder_lr_scale > 0, f"optim.encoder_lr_scale {self.encoder_lr_scale}: needed is positive")
+        for name in ("encoder_lr_scale", "image_lr_scale"):
+            _require(getattr(self, name) > 0, f"optim.{name} {getattr(self, name)}: needed is a positive number")
         _require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas {self.betas}: needed are two numbers below 1")
         _require(self.steps >= 1, f"optim.steps {self.steps}: needed is at least 1")
         _require(
@@ -259,6 +281,16 @@ class TrainConfig:
     run: RunArgs = field(default_factory=RunArgs)
     dry_run: FlagCreatePairsOff[bool] = False
     """Build everything, print what trains and on what, and stop before the first step."""
+
+    def __post_init__(self) -> None:
+        terms = set(self.loss.terms())
+        if not self.data.clip_frames:
+            _require("presence" not in terms, "loss.presence is for clips. Set data.clip_frames, or leave it out")
+            return
+        wrong = sorted(terms - CLIP_TERMS)
+        _require(not wrong, f"loss.{' and loss.'.join(wrong)}: clips know {', '.join(sorted(CLIP_TERMS))} alone")
+        for name in ("flip", "stray_words", "feature_cache"):
+            _require(not getattr(self.data, name), f"data.{name} is for images. Leave it out, or data.clip_frames")
 
 
 def accumulation(data: DataArgs, optim: OptimArgs, world: int) -> int:

@@ -1,6 +1,6 @@
 """Options of inference_video.py; most are those of inference.py."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from tyro.conf import FlagCreatePairsOff
@@ -12,11 +12,12 @@ from .inference import PhraseArgs
 class VideoArgs(PhraseArgs):
     """Follow objects through a video from phrases."""
 
-    version: str = field()
-    """Checkpoint on SAM 2 with video weights: a folder, a Hugging Face hub id, or a released name such as evf-sam2."""
-    image_path: str = field()
+    version: str = "nano-video"
+    """Checkpoint on SAM 2 with video weights: a folder, a Hugging Face hub id, or a released name such as evf-sam2; by
+    default the small model that comes with the repository, which knows synthetic clips alone."""
+    image_path: str
     """A folder of frames, or a video file."""
-    model_type: Literal["auto", "ori", "effi", "sam2"] = "sam2"
+    model_type: Literal["auto", "ori", "effi", "sam2", "efficientvit"] = "sam2"
     """Kind of segmenter; SAM 2 alone follows objects."""
 
     frame: int | None = None

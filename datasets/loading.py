@@ -8,8 +8,13 @@ from torch.utils.data import DataLoader
 
 from configs.training import DataArgs, ValidationArgs
 from utils.distributed import Ranks
+from utils.errors import DataError
+from utils.feature_cache import FeatureCache
+from utils.image import ImageSpec
+from utils.tokenizer import PhraseTokenizer
 
 from .catalog import expand, open_dataset
+from .clips import ClipCollate, ClipMixture
 from .collate import Collate
 from .mixture import (
     ErrorsAsValues,
@@ -25,17 +30,21 @@ from .mixture import (
 from .reader import PhraseDataset
 from .sample import Batch
 from .transforms import HorizontalFlip, StrayWords, unused_words
+from .videos import VideoSet, open_video_set
 
 LOWERCASED = frozenset({"refclef", "refcoco", "refcoco+", "refcocog", "grefcoco"})
 """Families whose phrases the published evaluation lower-cases."""
 
 
-def open_mixture(args: DataArgs, seed: int) -> Mixture:
+def open_mixture(args: DataArgs, seed: int) -> Mixture | ClipMixture:
     """Open every training set.
 
     Raises:
         DataError: one is unknown, incomplete or damaged.
     """
+    if args.clip_frames:
+        videos = [open_video_set(name, args.root) for text in args.sets for name in text.split(",")]
+        return ClipMixture(videos, args.clip_frames, args.phrases_per_image, args.clip_stride, args.clip_start, seed)
     groups = []
     rates = args.rates or (1.0,) * len(args.sets)
     for text, rate in zip(args.sets, rates, strict=True):
@@ -46,23 +55,28 @@ def open_mixture(args: DataArgs, seed: int) -> Mixture:
     return Mixture(groups, args.phrases_per_image, args.sampling, seed, flip)
 
 
-def describe(mixture: Mixture) -> str:
-    """Return a table of what is trained on."""
-    rows = [f"{'set':40} {'rate':>6} {'images':>9} {'phrases':>9}"]
-    for group in mixture.groups:
-        for dataset in group.sets:
-            share = group.rate / len(group.sets)
-            rows.append(f"{dataset.name:40} {share:6.3g} {len(dataset):9,} {dataset.count_phrases():9,}")
-    return "\n".join(rows)
+def open_collate(
+    args: DataArgs, spec: ImageSpec, encoder_spec: ImageSpec, tokenizer: PhraseTokenizer, cache: FeatureCache | None
+) -> Collate | ClipCollate:
+    """Return what packs samples of the training sets."""
+    if args.clip_frames:
+        return ClipCollate(spec, encoder_spec, tokenizer)
+    return Collate(spec, encoder_spec, tokenizer, cache)
 
 
 def training_batches(
-    mixture: Mixture, collate: Collate, args: DataArgs, ranks: Ranks, forwards: int, pin_memory: bool
+    mixture: Mixture | ClipMixture,
+    collate: Collate | ClipCollate,
+    args: DataArgs,
+    ranks: Ranks,
+    forwards: int,
+    pin_memory: bool,
 ) -> Callable[[int, int], Iterator[list[Batch]]]:
     """Return what the trainer asks for batches: (start, stop) -> the batches of each step of this rank."""
     shares = Shares(args.batch_size, forwards, ranks.rank, ranks.world)
     if args.stray_words:
-        mixture.add(StrayWords(args.stray_words, unused_words(collate.tokenizer.words(), mixture.all_phrases())))
+        words = unused_words(collate.tokenizer.words(), mixture.all_phrases())
+        mixture.add(StrayWords(args.stray_words, words, collate.tokenizer.unknown_marks()))
 
     def steps(start: int, stop: int) -> Iterator[list[Batch]]:
         return training_steps(mixture, collate, shares, start, stop, args.workers, pin_memory)
@@ -78,12 +92,16 @@ class ValidationSet:
     batches: Callable[[], Iterator[Batch]]
 
 
-def open_validation(args: ValidationArgs, data: DataArgs, collate: Collate, ranks: Ranks) -> dict[str, ValidationSet]:
-    """Open the sets that are measured while training, by name.
+def open_validation(
+    args: ValidationArgs, data: DataArgs, collate: Collate | ClipCollate, ranks: Ranks
+) -> dict[str, ValidationSet] | list[VideoSet]:
+    """Open the sets that are measured while training, by name; where clips are trained on, a list of video sets.
 
     Raises:
-        DataError: one is unknown, incomplete or damaged.
+        DataError: one is unknown, incomplete or damaged, or its labels are hidden.
     """
+    if data.clip_frames:
+        return _open_videos(args, data)
     sets = {}
     for text in args.sets:
         for name in expand(text):
@@ -92,6 +110,14 @@ def open_validation(args: ValidationArgs, data: DataArgs, collate: Collate, rank
             indices = spread(dataset, args.max_images)
             begin = partial(evaluation_batches, dataset, collate, indices, args.batch_size, ranks, data.workers)
             sets[name] = ValidationSet(dataset, begin)
+    return sets
+
+
+def _open_videos(args: ValidationArgs, data: DataArgs) -> list[VideoSet]:
+    sets = [open_video_set(name, args.root or data.root) for name in args.sets]
+    for videos in sets:
+        if videos.truth is None:
+            raise DataError(f"val.sets: the labels of {videos.name} are hidden. Name a split that has them")
     return sets
 
 

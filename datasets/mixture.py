@@ -88,7 +88,7 @@ class Mixture(Dataset[Sample | TextSAMError]):
             index = int(generator.integers(len(dataset)))
         else:
             epoch, place = divmod(position, self.pass_length)
-            place = int(_order(self.seed, epoch, self.pass_length)[place])
+            place = int(shuffled(self.seed, epoch, self.pass_length)[place])
             which = int(np.searchsorted(self._places, place, side="right")) - 1
             dataset, index = self._sets[which], place - self._places[which]
         count = len(dataset.phrases(index))
@@ -106,6 +106,15 @@ class Mixture(Dataset[Sample | TextSAMError]):
             sample = transform(sample, generator)
         return sample
 
+    def describe(self) -> str:
+        """Return a table of what is trained on."""
+        rows = [f"{'set':40} {'rate':>6} {'images':>9} {'phrases':>9}"]
+        for group in self.groups:
+            for dataset in group.sets:
+                share = group.rate / len(group.sets)
+                rows.append(f"{dataset.name:40} {share:6.3g} {len(dataset):9,} {dataset.count_phrases():9,}")
+        return "\n".join(rows)
+
     def add(self, transform: Transform) -> None:
         """Apply one more transform to each sample, after the others."""
         self.transforms += (transform,)
@@ -119,7 +128,7 @@ class Mixture(Dataset[Sample | TextSAMError]):
 
 
 @lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, length: int) -> np.ndarray:
+def shuffled(seed: int, epoch: int, length: int) -> np.ndarray:
     """Return the order of one pass, int64 [length]."""
     generator = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[1, 0, 0, 0]))
     return generator.permutation(length)

@@ -66,19 +66,20 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with every tensor on a device."""
-        return replace(self, **{field.name: _move(getattr(self, field.name), device) for field in fields(self)})
+        return replace(self, **{field.name: move(getattr(self, field.name), device) for field in fields(self)})
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory; `torch.utils.data.DataLoader` calls it where asked to."""
         return replace(self, **{field.name: _pin(getattr(self, field.name)) for field in fields(self)})
 
 
-def _move(value: Any, device: torch.device) -> Any:
+def move(value: Any, device: torch.device) -> Any:
+    """Return a value with every tensor in it on a device."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
-        return {name: _move(item, device) for name, item in value.items()}
-    return tuple(_move(item, device) for item in value) if isinstance(value, tuple) else value
+        return {name: move(item, device) for name, item in value.items()}
+    return tuple(move(item, device) for item in value) if isinstance(value, tuple) else value
 
 
 def _pin(value: Any) -> Any:

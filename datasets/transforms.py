@@ -13,6 +13,7 @@ from .phrases import is_unsure, names_side, swap_sides
 from .sample import Sample
 
 Transform = Callable[[Sample, np.random.Generator], Sample]
+MARKED = 1 / 3
 _WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -58,7 +59,9 @@ class StrayWords:
 
     A model that starts from random weights has no other way to learn that a word it does not know may be passed over.
 
-    * `chance`: how likely a phrase gets them, 0 to 1. `words`: what is drawn from.
+    * `chance`: how likely a phrase gets them, 0 to 1.
+    * `words`: what is drawn from; `marks`: what is drawn from every third time, where there are any, and put to the end
+      of a word or into it.
 
     Raises:
         DataError: there are no words.
@@ -66,6 +69,7 @@ class StrayWords:
 
     chance: float
     words: Sequence[str]
+    marks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not self.words:
@@ -80,7 +84,12 @@ class StrayWords:
             return phrase
         words = phrase.split()
         for _ in range(generator.integers(1, 3)):
-            words.insert(generator.integers(len(words) + 1), self.words[generator.integers(len(self.words))])
+            if self.marks and generator.random() < MARKED:
+                i, mark = generator.integers(len(words)), self.marks[generator.integers(len(self.marks))]
+                cut = len(words[i]) if generator.random() < 0.5 else generator.integers(1, len(words[i]) + 1)
+                words[i] = words[i][:cut] + mark + words[i][cut:]
+            else:
+                words.insert(generator.integers(len(words) + 1), self.words[generator.integers(len(self.words))])
         return " ".join(words)
 
 

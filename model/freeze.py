@@ -8,15 +8,18 @@ from configs.training import LossArgs, ModelArgs
 from utils.errors import TrainingError
 
 from .checkpoints.load import build_model
+from .clip_step import ClipStep
 from .evf import EVFModel
 from .segmenters.base import PROMPT_WIDTH
 from .types import EncoderOutput
 
-TRAINED_DECODERS = frozenset({"sam", "efficient_sam"})
-"""Families whose mask decoder and "no mask" prompt EVF-SAM trains; SAM-2 stays as it is (issue #45 of its authors)."""
+TRAINED_DECODERS = frozenset({"sam", "efficient_sam", "efficientvit_sam"})
+"""Families whose mask decoder and "no mask" prompt are trained; SAM-2 stays as it is (EVF-SAM, issue #45)."""
 
 
 DEFAULT_LOSS = LossArgs()
+PROBED_FRAMES = 3
+"""Of a clip: one is prompted, one remembers it, one remembers that which was not prompted."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,11 @@ class PartReport:
     idle: int
 
 
-def choose_trained(model: EVFModel, args: ModelArgs) -> None:
+def choose_trained(model: EVFModel, args: ModelArgs, clip_frames: int = 0) -> None:
     """Set `requires_grad` of every parameter by part.
+
+    Args:
+        clip_frames: of the clips that are trained on, 0 for images.
 
     Raises:
         TrainingError: the model has no encoder, or nothing would be trained.
@@ -44,10 +50,11 @@ def choose_trained(model: EVFModel, args: ModelArgs) -> None:
         "image_encoder": args.train_image_encoder,
         "mask_decoder": with_decoder if args.train_mask_decoder is None else args.train_mask_decoder,
         "prompt_encoder": with_decoder if args.train_prompt_encoder is None else args.train_prompt_encoder,
+        "memory": clip_frames > 0 if args.train_memory is None else args.train_memory,
     }
     model.requires_grad_(False)
     model.encoder.requires_grad_(args.train_encoder and not args.lora_rank)
-    model.projector.requires_grad_(True)
+    model.projector.requires_grad_(args.train_projector)
     for name, parameter in model.segmenter.named_parameters():
         parameter.requires_grad_(parts.get(model.segmenter.part_of(name), False))
 
@@ -64,7 +71,7 @@ class Probe:
     outside: list[str]
 
 
-def leave_out_idle(model: EVFModel, loss: LossArgs = DEFAULT_LOSS) -> Probe:
+def leave_out_idle(model: EVFModel, loss: LossArgs = DEFAULT_LOSS, clip_frames: int = 0) -> Probe:
     """Take `requires_grad` from parameters that no gradient can reach, and return what was found.
 
     The last encoder layer computes one vector, so its text half is idle; so are the mask token and,
@@ -83,7 +90,13 @@ def leave_out_idle(model: EVFModel, loss: LossArgs = DEFAULT_LOSS) -> Probe:
     for name, module in shapes.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
     said, read = EncoderOutput(None), []
-    if loss.needs_masks:
+    if clip_frames:
+        frames = min(clip_frames, PROBED_FRAMES)
+        masks = torch.empty(1, frames, segmenter, segmenter, dtype=torch.uint8, device="meta")
+        first = torch.zeros(1, dtype=torch.long, device="meta")
+        clip = pixels[:, None].expand(-1, frames, -1, -1, -1)
+        read.append(ClipStep(shapes, loss)(clip, small, ids, None, first, [masks]))
+    elif loss.needs_masks:
         output = shapes(pixels, small, ids, **loss.asked())
         said, read = output.encoder, [output.logits, *([output.scores] if loss.iou else [])]
     elif loss.needs_encoder:

@@ -79,6 +79,7 @@ class ImagePredictor:
             )
         spec = model.segmenter.own_image_spec if model.encoder is None else model.segmenter.image_spec
         self.image_spec: ImageSpec = spec.for_evaluation() if preprocessing == "evaluation" else spec
+        self.prompt_spec = model.segmenter.prompt_spec(self.image_spec)
         self._image: _Images | None = None
 
     @torch.inference_mode()
@@ -210,7 +211,7 @@ class ImagePredictor:
         if boxes is not None:
             found["boxes"] = with_batch(boxes, (4,), "boxes", "[4] or [N, 4], x1 y1 x2 y2")
         if masks is not None:
-            side = self.image_spec.size // 4
+            side = self.prompt_spec.size // 4
             needed = f"[{side}, {side}] or [N, {side}, {side}], the low_res of an earlier prediction"
             found["masks"] = with_batch(masks, (side, side), "masks", needed)[:, None]
         if not found:
@@ -224,7 +225,7 @@ class ImagePredictor:
             found[name] = value.expand(count, *value.shape[1:])
         if phrases not in (0, count):
             raise PromptError(f"{phrases} phrases for {count} prompts. Give one of each for all, or one each")
-        return to_input(Prompts(**found), self.image_spec, size, self.model)
+        return to_input(Prompts(**found), self.prompt_spec, size, self.model)
 
     @torch.inference_mode()
     def _predict(self, images: _Images, phrases: list[str], index: list[int], prompts: Prompts) -> list[Prediction]:

@@ -6,7 +6,14 @@ from functools import cache
 from pathlib import Path
 
 from configs.loader import encoder_configs, segmenter_configs
-from configs.schema import EfficientSAMConfig, ModelConfig, SAM2Config, SAMConfig, SegmenterConfig
+from configs.schema import (
+    EfficientSAMConfig,
+    EfficientViTSAMConfig,
+    ModelConfig,
+    SAM2Config,
+    SAMConfig,
+    SegmenterConfig,
+)
 from utils.errors import ModelError, nearest
 
 
@@ -26,6 +33,7 @@ FAMILIES = {
     "sam": Family(SAMConfig, "sam", "SAMSegmenter"),
     "sam2": Family(SAM2Config, "sam2", "SAM2Segmenter"),
     "efficient_sam": Family(EfficientSAMConfig, "efficient_sam", "EfficientSAMSegmenter"),
+    "efficientvit_sam": Family(EfficientViTSAMConfig, "efficientvit_sam", "EfficientViTSAMSegmenter"),
 }
 
 RELEASED = {
@@ -38,11 +46,11 @@ RELEASED = {
 }
 """Published name -> segmenter, BEiT-3 scale, hub id (None: announced, but the weights were never published)."""
 
-BUNDLED = {"nano": ("efficient-sam-nano", "nano")}
+BUNDLED = {"nano": ("efficient-sam-nano", "nano"), "nano-video": ("sam2-hiera-nano", "nano")}
 """Name of a model that comes with the repository, in `assets/checkpoints/` -> (segmenter, BEiT-3 scale)."""
 
-MODEL_TYPES = {"ori": "sam", "sam2": "sam2", "effi": "efficient_sam"}
-"""The published `--model_type` values and the family each stands for."""
+MODEL_TYPES = {"ori": "sam", "sam2": "sam2", "effi": "efficient_sam", "efficientvit": "efficientvit_sam"}
+"""The `--model_type` values and the family each stands for; the first three are published."""
 
 
 @cache

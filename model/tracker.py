@@ -137,10 +137,29 @@ class Tracker:
             sparse: float [N, P, 256], prompt tokens.
             is_single: the prompts are clear (a box, several points), so that the mask is not one of three.
         """
-        seen = self._condition(features, objects, frame, step, length)
-        prediction = self.segmenter.decode(ImageFeatures(seen, features.high_res), sparse)
+        prediction = self.look(features, sparse, objects, frame, step, length)
         index = self.segmenter.select_for_prompts(prediction, False) if is_single else best_of_three(prediction)
-        return self._found(prediction, index, torch.zeros_like(index) if is_single else index)
+        return self.settle(prediction, index, torch.zeros_like(index) if is_single else index)
+
+    def look(
+        self,
+        features: ImageFeatures,
+        sparse: Tensor | None,
+        objects: Sequence[ObjectMemory],
+        frame: int,
+        step: int = 1,
+        length: int | None = None,
+    ) -> MaskPrediction:
+        """Return all masks of the decoder.
+
+        Args:
+            features: of the frame; or of a frame for each object, N rows, where all remember equally old frames.
+            sparse: as `prompt`; None where memory alone says what is meant.
+        """
+        seen = self._condition(features, objects, frame, step, length)
+        if sparse is None:
+            return self._decode_nothing(seen, features)
+        return self.segmenter.decode(ImageFeatures(seen, features.high_res), sparse)
 
     def take(self, features: ImageFeatures, masks: Tensor) -> Found:
         """Take masks as they are; a decoder that is shown them says what to remember.
@@ -156,7 +175,7 @@ class Tracker:
         prediction = self._decode_nothing(features.embedding.expand(len(masks), -1, -1, -1), features, dense)
         is_there = masks.flatten(1).any(1)
         first = torch.zeros(len(masks), dtype=torch.long, device=masks.device)
-        seen = self._found(prediction, first, first)
+        seen = self.settle(prediction, first, first)
         pointers = torch.where(is_there[:, None], seen.pointers, self.sam2.no_object_pointer)
         scores = MASK_SCALE * is_there.to(dtype) + MASK_BIAS
         return Found(logits[:, 0], torch.ones_like(scores), scores, pointers)
@@ -176,10 +195,9 @@ class Tracker:
             step: 1 forwards, -1 backwards in time.
             length: frames of the video where that is known; SAM 2.1 scales the age of pointers by it.
         """
-        seen = self._condition(features, objects, frame, step, length)
-        prediction = self._decode_nothing(seen, features)
+        prediction = self.look(features, None, objects, frame, step, length)
         index = best_of_three(prediction)
-        return self._found(prediction, index, index)
+        return self.settle(prediction, index, index)
 
     def remember(self, features: ImageFeatures, found: Found, is_prompted: bool) -> list[Remembered]:
         """Return what each object keeps of a frame.
@@ -199,9 +217,17 @@ class Tracker:
         maps = maps.cpu() if self.offload else maps
         return [Remembered(*pair) for pair in zip(maps, found.pointers, strict=True)]
 
-    def _found(self, prediction: MaskPrediction, index: Tensor, pointer_index: Tensor) -> Found:
+    def settle(
+        self, prediction: MaskPrediction, index: Tensor, pointer_index: Tensor, is_there: Tensor | None = None
+    ) -> Found:
+        """Take one mask per object.
+
+        Args:
+            index: int64 [N], which; `pointer_index`: whose token becomes the pointer.
+            is_there: bool [N], for training; by default as the decoder says.
+        """
         logits, scores = prediction.chosen(index)
-        is_there = (prediction.object_score > 0)[:, None]
+        is_there = (prediction.object_score > 0 if is_there is None else is_there)[:, None]
         tokens = prediction.tokens[torch.arange(len(index), device=index.device), pointer_index]
         pointers = torch.where(is_there, self.sam2.object_pointer_proj(tokens), self.sam2.no_object_pointer)
         logits = logits.masked_fill(~is_there[..., None], NO_OBJECT)

@@ -1,7 +1,8 @@
 """What is optimised: one forward for all images and phrases of a batch, and its loss."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,8 +18,9 @@ from utils.tokenizer import PhraseTokenizer
 from .checkpoints.files import Checkpoint
 from .checkpoints.load import find_source, load_model, save_model
 from .checkpoints.rules import OURS, KeyMap, check_keys, named_tensors
+from .clip_step import ClipStep
 from .evf import EVFModel
-from .freeze import DEFAULT_LOSS, PartReport, Probe, choose_trained, leave_out_idle, report
+from .freeze import DEFAULT_LOSS, PartReport, Probe, choose_trained, leave_out_idle, part_of, report
 from .losses import contrast_losses, iou_losses, mask_losses, place_losses, point_losses, pointing_losses
 from .types import ImageFeatures
 
@@ -33,6 +35,15 @@ class TrainingStep(nn.Module):
         parts = {model.segmenter.part_of(name) for name, p in model.segmenter.named_parameters() if p.requires_grad}
         self.has_frozen_images = "image_encoder" not in parts
         """Whether the image encoder is not trained, so that its features never change."""
+
+    def train(self, mode: bool = True) -> "TrainingStep":
+        """Switch to training or evaluation; an image encoder that is frozen stays in evaluation."""
+        super().train(mode)
+        if self.has_frozen_images:
+            for module in self.model.segmenter.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
     def encode_images(self, pixels: Tensor) -> ImageFeatures:
         """Return the features of images, without a graph where the image encoder is frozen."""
@@ -127,11 +138,12 @@ class Trainable:
         save_model(self.model, folder, self.tokenizer.path, model_tensors(self.model, tensors))
 
 
-def prepare_model(args: ModelArgs, loss: LossArgs = DEFAULT_LOSS) -> Trainable:
+def prepare_model(args: ModelArgs, loss: LossArgs = DEFAULT_LOSS, clip_frames: int = 0) -> Trainable:
     """Load or build a model on the CPU in float32 and freeze what is not trained.
 
     Args:
         loss: says which parts get a gradient.
+        clip_frames: of the clips that are trained on, 0 for images.
 
     Raises:
         TextSAMError: a checkpoint, name or tokenizer cannot be used.
@@ -156,14 +168,15 @@ def prepare_model(args: ModelArgs, loss: LossArgs = DEFAULT_LOSS) -> Trainable:
         raise TrainingError(
             "model.tokenizer is not set. Give the sentencepiece file that the encoder was trained with (beit3.spm)"
         )
-    choose_trained(model, args)
+    choose_trained(model, args, clip_frames)
     tokenizer = PhraseTokenizer(path, min(args.max_length, model.encoder.config.max_text_tokens), "truncate")
     if tokenizer.vocab_size > model.encoder.config.vocab_size:
         raise TrainingError(
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, but the encoder's table "
             f"{model.encoder.config.vocab_size}. Take the tokenizer that the encoder was trained with"
         )
-    probe = add_lora(model, args.lora_rank, args.lora_alpha, loss) if args.lora_rank else leave_out_idle(model, loss)
+    idle = partial(leave_out_idle, model, loss, clip_frames)
+    probe = add_lora(model, args.lora_rank, args.lora_alpha, idle) if args.lora_rank else idle()
     model.encoder.gradient_checkpointing = args.gradient_checkpointing
     return Trainable(model, tokenizer, report(model, probe.idle), [f"model.{name}" for name in probe.outside])
 
@@ -188,10 +201,11 @@ def take_phrases(model: EVFModel, other: EVFModel, name: str) -> None:
         model.segmenter.position_matrix.copy_(other.segmenter.position_matrix)
 
 
-def add_lora(model: EVFModel, rank: int, alpha: float, loss: LossArgs = DEFAULT_LOSS) -> Probe:
+def add_lora(model: EVFModel, rank: int, alpha: float, find_idle: Callable[[], Probe]) -> Probe:
     """Put trainable low-rank updates (arXiv 2106.09685) on the encoder's linear layers, its weights frozen.
 
-    Layers that no gradient reaches get none.
+    Args:
+        find_idle: `leave_out_idle` of the model; layers that no gradient reaches get no updates.
 
     Raises:
         MissingPackageError: peft is not installed.
@@ -202,7 +216,7 @@ def add_lora(model: EVFModel, rank: int, alpha: float, loss: LossArgs = DEFAULT_
         raise MissingPackageError("model.lora_rank needs peft. Run: pip install peft") from None
 
     model.encoder.requires_grad_(True)
-    probe = leave_out_idle(model, loss)
+    probe = find_idle()
     linear = [name for name, module in model.encoder.named_modules() if isinstance(module, nn.Linear)]
     linear = [name for name in linear if f"encoder.{name}.weight" not in probe.idle]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear), model.encoder)
@@ -235,7 +249,7 @@ def lora_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
 
 
-def restore(step: TrainingStep, folder: Path, extra: Mapping[str, Tensor]) -> None:
+def restore(step: TrainingStep | ClipStep, folder: Path, extra: Mapping[str, Tensor]) -> None:
     """Load the weights of a checkpoint of a run into its model, before an engine wraps it.
 
     With LoRA the frozen weights stay as they were loaded: the saved ones have the updates in them.
@@ -258,6 +272,15 @@ def restore(step: TrainingStep, folder: Path, extra: Mapping[str, Tensor]) -> No
             raise CheckpointError(f"{folder} was trained with another model.lora_rank. Give the same")
         for name, tensor in extra.items():
             step.get_parameter(name).copy_(tensor)
+
+
+def build_step(model: EVFModel, loss: LossArgs, clip_frames: int = 0) -> TrainingStep | ClipStep:
+    """Return a model with its loss, over clips or, where `clip_frames` is 0, over images.
+
+    Raises:
+        ModelError: clips, and a model without memory.
+    """
+    return ClipStep(model, loss) if clip_frames else TrainingStep(model, loss)
 
 
 class BatchInputs:
@@ -295,8 +318,27 @@ class BatchInputs:
         return ImageFeatures.from_tensors(stacked).to(dtype=self.step.model.dtype)
 
 
+class ClipInputs:
+    """Turns a batch of clips into the arguments of `ClipStep.forward`."""
+
+    features = None
+
+    def __call__(self, batch: Any) -> tuple[Any, ...]:
+        """Return the arguments for a `datasets.clips.ClipBatch` on the model's device."""
+        padding = batch.padding if batch.padding.any() else None
+        return batch.pixels, batch.encoder_pixels, batch.ids, padding, batch.clip_index, batch.masks
+
+
+def open_inputs(step: TrainingStep | ClipStep, cache: FeatureCache | None) -> BatchInputs | ClipInputs:
+    """Return what turns batches into the arguments of a step."""
+    return ClipInputs() if isinstance(step, ClipStep) else BatchInputs(step, cache)
+
+
 def open_cache(
-    step: TrainingStep, folder: str | None, precision: str, strategy: Mapping[str, Any] = MappingProxyType({})
+    step: TrainingStep | ClipStep,
+    folder: str | None,
+    precision: str,
+    strategy: Mapping[str, Any] = MappingProxyType({}),
 ) -> FeatureCache | None:
     """Return the feature cache of a model, or None where no folder is given.
 
@@ -323,12 +365,13 @@ def feature_digest(model: EVFModel, precision: str) -> str:
     return digest_of(encoder, segmenter.image_spec.for_evaluation(), model.config.segmenter, precision)
 
 
-def optimizer_groups(step: TrainingStep, args: OptimArgs) -> list[dict[str, Any]]:
-    """Return AdamW's groups: the encoder with its own learning rate, and weight decay for matrices alone."""
+def optimizer_groups(step: TrainingStep | ClipStep, args: OptimArgs) -> list[dict[str, Any]]:
+    """Return AdamW's groups: both encoders with their own learning rates, and weight decay for matrices alone."""
+    scales = {"encoder": args.encoder_lr_scale, "image_encoder": args.image_lr_scale}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in step.named_parameters():
         if parameter.requires_grad:
-            rate = args.lr * (args.encoder_lr_scale if name.startswith("model.encoder.") else 1.0)
+            rate = args.lr * scales.get(part_of(step.model, name.removeprefix("model.")), 1.0)
             decay = args.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()]

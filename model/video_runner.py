@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from configs.video import VideoArgs
@@ -22,7 +21,7 @@ from utils.image import read_image
 from utils.masks import boxes_of_masks, encode_rle
 from utils.tokenizer import semantic_phrase
 from utils.video_io import FrameFolder, VideoFile, VideoWriter, open_frames
-from utils.visualize import PALETTE, overlay, save_picture, with_legend
+from utils.visualize import overlay, save_labels, save_picture, with_legend
 
 from .image_runner import RESULTS, check_args, check_folder, file_state, load, settings_digest
 from .video import VideoFrame, VideoPredictor
@@ -30,6 +29,8 @@ from .video import VideoFrame, VideoPredictor
 STATE, LINES = "state.pt", "results.partial.jsonl"
 SAVE_EVERY = 100
 FOLDER_FPS = 25.0
+CPU_IS_FULL = "DefaultCPUAllocator"
+"""In the text of the plain RuntimeError that torch raises where a CPU has no memory left."""
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,9 @@ def run(args: VideoArgs) -> int:
     job = _Job(args, frames, folder, source.stem if source.is_file() else source.resolve().name)
     try:
         job.follow(video, at)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and CPU_IS_FULL not in str(error):
+            raise
         raise ModelError(
             f"{len(args.prompt)} objects do not fit into the memory of {image_predictor.model.device}. "
             "Give fewer --prompt, or --offload"
@@ -204,13 +207,3 @@ class _Job:
         write_json(
             self.folder / RESULTS, {"video": self.args.image_path, "phrases": self.args.prompt, "frames": ordered}
         )
-
-
-def save_labels(path: Path, labels: np.ndarray) -> None:
-    """Write which object each pixel belongs to, uint8 [H, W], as a palette PNG like those of DAVIS, atomically."""
-    image = Image.fromarray(labels, mode="P")
-    colours = np.zeros((256, 3), np.uint8)
-    colours[1:] = PALETTE[np.arange(255) % len(PALETTE)]
-    image.putpalette(colours.tobytes())
-    with atomic_path(path) as temporary:
-        image.save(temporary)

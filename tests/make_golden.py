@@ -24,13 +24,15 @@ def golden_predictor(family: str) -> ImagePredictor:
     model = pico_model(family)
     with torch.no_grad():
         for name, tensor in named_tensors(model).items():
+            if not tensor.is_floating_point():
+                continue
             key = int.from_bytes(hashlib.sha256(f"{family}:{name}".encode()).digest()[:8], "little")
             values = np.random.Generator(np.random.Philox(key)).random(tensor.numel(), np.float32) * 2 - 1
             values = torch.from_numpy(values).view(tensor.shape)
             if tensor.ndim > 1:
                 tensor.copy_(values * (3 / tensor[0].numel()) ** 0.5)
             else:
-                tensor.copy_(values * 0.1 + (1.0 if name.endswith(".weight") else 0.0))
+                tensor.copy_(values * 0.1 + (1.0 if name.endswith((".weight", "running_var")) else 0.0))
     return build_predictor(model, PhraseTokenizer(TOKENIZER, max_length=62))
 
 

@@ -6,23 +6,31 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import understanding
 from benchmarks.twins import shuffle, without_places
 from configs.inference import InferenceArgs
+from configs.video import VideoArgs
 from datasets.catalog import open_dataset
 from model import list_models, load_model, load_predictor
 from model.image_runner import run
 from model.registry import BUNDLED, bundled_folder
+from model.video_runner import run as run_video
 from tests.conftest import ROOT
 from tools import train_tokenizer
+from tools.demo_video import PHRASES
 from utils.errors import run_main
 from utils.image import read_image
+from utils.masks import decode_rle
 from utils.tokenizer import UNK, PhraseTokenizer
 
 SCENES = ROOT / "assets" / "scenes"
 FLOOR = 0.45
 """Mean IoU over the phrases of the scenes; the model card has the real figure."""
+LABELS = (2, 4, 3)
+"""Of the demo's phrases: swan, hourglass, biggest pill."""
+VIDEO_FLOOR = 0.4
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +47,18 @@ def iou(one, other):
     return (one & other).sum() / max(1, (one | other).sum())
 
 
-def test_it_is_small_and_known():
-    folder = bundled_folder("nano")
-    assert folder.is_dir() and "nano" in list_models() and set(BUNDLED) == {"nano"}
-    assert sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".jsonl") < 20e6
-    model = load_model("nano")
+@pytest.mark.parametrize(
+    ("name", "size", "said"),
+    [("nano", 20e6, ("cIoU", "nano_final.yaml")), ("nano-video", 26e6, ("J&F", "nano_video.yaml"))],
+)
+def test_it_is_small_and_known(name, size, said):
+    folder = bundled_folder(name)
+    assert folder.is_dir() and name in list_models() and name in BUNDLED
+    assert sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".jsonl") < size
+    model = load_model(name)
     assert {str(p.dtype) for p in model.parameters()} == {"torch.float16"}  # what it is stored in
     card = (folder / "README.md").read_text()
-    for needed in ("cIoU", "Licence", "cannot", "nano_synthetic.yaml"):
+    for needed in ("Licence", "cannot", *said):
         assert needed in card
 
 
@@ -82,6 +94,21 @@ def test_it_is_the_default(tmp_path):
     )
     record = json.loads((tmp_path / "results.json").read_text())[0]
     assert record["masks"][0]["area"] > 0
+
+
+def test_a_phrase_follows_its_object(tmp_path):
+    """Through the demo's clip, in which the hourglass leaves and comes back; labels of some frames are beside it."""
+    clip = str(ROOT / "assets" / "clip.mp4")
+    assert run_video(VideoArgs(image_path=clip, prompt=PHRASES, vis_save_path=str(tmp_path), device="cpu")) == 0
+    frames = {f["frame"]: f for f in json.loads((tmp_path / "results.json").read_text())["frames"]}
+    assert len(frames) == 48
+    overlaps = []
+    for path in sorted((ROOT / "assets" / "clip_labels").glob("*.png")):
+        labels = np.array(Image.open(path))
+        for thing, label in zip(frames[int(path.stem)]["objects"], LABELS, strict=True):
+            overlaps.append(iou(decode_rle(thing["segmentation"]), labels == label))
+    assert np.mean(overlaps) > VIDEO_FLOOR
+    assert (tmp_path / "clip.mp4").is_file()
 
 
 def test_shuffled_phrases_mean_something_else():

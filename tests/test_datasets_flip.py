@@ -1,12 +1,16 @@
 """Mirrored samples: pixels and words turn together."""
 
+import re
+
 import numpy as np
 import pytest
 
 from datasets.phrases import names_side, swap_sides
 from datasets.sample import Sample
 from datasets.transforms import HorizontalFlip, StrayWords, unused_words
+from tests.conftest import TOKENIZER
 from utils.errors import DataError
+from utils.tokenizer import UNK, PhraseTokenizer
 
 SWAPPED = {
     "the man on the left": "the man on the right",
@@ -99,6 +103,25 @@ def test_stray_words_are_put_in_and_nothing_is_lost():
     assert firsts == {"the", "zorb", "quill"}
     assert lasts == {"left", "zorb", "quill"}
     assert StrayWords(0.0, ("zorb",))(sample, np.random.default_rng(0)).phrases == sample.phrases
+
+
+def test_stray_marks_are_put_to_words():
+    sample = make_sample(*["the cup on the left"] * 200)
+    mixed = StrayWords(1.0, ("zorb",), ("!", "'"))(sample, np.random.default_rng(0))
+    marked = [phrase for phrase in mixed.phrases if "!" in phrase or "'" in phrase]
+    assert 60 < len(marked) < 140
+    cleaned = {" ".join(w for w in re.sub("[!']", "", phrase).split() if w != "zorb") for phrase in mixed.phrases}
+    assert cleaned == {"the cup on the left"}
+    assert any(re.search(r"\w['!]\w", phrase) for phrase in marked)
+    assert any(re.search(r"\w['!]( |$)", phrase) for phrase in marked)
+
+
+def test_marks_that_the_tokenizer_does_not_know():
+    words = PhraseTokenizer(TOKENIZER)
+    marks = words.unknown_marks()
+    assert marks
+    assert all(UNK in words.encode(f"cup{mark}") for mark in marks)
+    assert UNK not in words.encode("the red cup")
 
 
 def test_stray_words_are_those_that_no_phrase_holds():

@@ -1,6 +1,7 @@
 """Losses, what is trained, LoRA, the feature cache, the mixture, and checkpoints of a run."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -280,11 +281,27 @@ def test_what_is_trained_gets_a_gradient_and_nothing_else_does(family):
     segmenter = model.segmenter
     trained = {segmenter.part_of(name) for name, p in segmenter.named_parameters() if p.requires_grad}
     expected = {"sam": {"mask_decoder", "prompt_encoder"}, "efficient_sam": {"mask_decoder"}, "sam2": set()}
+    expected["efficientvit_sam"] = expected["sam"]
     assert trained == expected[family]
     step(*BatchInputs(step)(make_batch(step))).sum().backward()
     for name, parameter in step.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
     assert step.has_frozen_images
+
+
+def test_statistics_of_a_frozen_image_encoder_stay():
+    """Batch norm would learn them from every batch, and use those of the batch, also where no weight is trained."""
+    step = make_step("efficientvit_sam").train()
+    norms = [m for m in step.model.segmenter.image_encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    before = [norm.running_mean.clone() for norm in norms]
+    batch = make_batch(step)
+    step(*BatchInputs(step)(batch))
+    assert norms and all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, before, strict=True))
+    assert step.model.encoder.training
+    trained = make_step("efficientvit_sam", ModelArgs(train_image_encoder=True)).train()
+    trained(*BatchInputs(trained)(batch))
+    norm = trained.model.segmenter.image_encoder.backbone[0][0].norm
+    assert norm.training and norm.num_batches_tracked == 1
 
 
 def test_idle_parameters_would_get_no_gradient():
@@ -351,7 +368,7 @@ def test_lora_trains_little_and_is_merged_when_saved(tmp_path):
         model = pico_model("efficient_sam")
         choose_trained(model, ModelArgs(lora_rank=4))
         before = sum(p.numel() for p in model.encoder.parameters())
-        add_lora(model, 4, 8.0)
+        add_lora(model, 4, 8.0, partial(leave_out_idle, model))
         trained = sum(p.numel() for p in model.encoder.parameters() if p.requires_grad)
         assert 0 < trained < before / 10
         return TrainingStep(model.train(), LossArgs())

@@ -175,6 +175,31 @@ def test_what_cannot_be_done_is_said(options, changes, kind, says):
         run(dataclasses.replace(options, **changes))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_more_objects_than_memory_allows(options, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(video_runner.VideoPredictor, "add_phrases", full)
+    with pytest.raises(ModelError, match=r"2 objects do not fit into the memory of cpu\. Give fewer --prompt"):
+        run(options)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(options, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(video_runner.VideoPredictor, "add_phrases", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run(options)
+
+
 def test_files_that_are_no_video(tmp_path):
     text = tmp_path / "film.mp4"
     text.write_text("no film")

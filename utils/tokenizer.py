@@ -4,6 +4,7 @@
 """
 
 import logging
+import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -61,6 +62,10 @@ class PhraseTokenizer:
         pieces = (self.pieces.id_to_piece(index) for index in range(self.pieces.get_piece_size()))
         words = (piece[1:] for piece in pieces if piece.startswith("\N{LOWER ONE EIGHTH BLOCK}"))
         return [word for word in words if len(word) > 1 and word.isalpha()]
+
+    def unknown_marks(self) -> list[str]:
+        """Return the punctuation of ASCII that no piece has, and that becomes `<unk>`."""
+        return [mark for mark in string.punctuation if self.pieces.unk_id() in self.pieces.encode(mark)]
 
     def encode(self, phrase: str) -> list[int]:
         """Return `[0] + (piece + 1) + [2]` of one phrase.

@@ -53,8 +53,8 @@ class Hooks:
 
     * `inputs`: a batch on the device -> the arguments of the module.
     * `save`: (folder, whole weights) writes a model that inference loads. Rank 0 calls it.
-    * `validate`: (module with whole weights, step) -> scores, `ciou` among them, or {} where nothing is measured. All
-      ranks call it.
+    * `validate`: (module with whole weights, step) -> scores, or {} where nothing is measured. All ranks call it.
+    * `best_by`: which score says what the best weights are.
     * `extra_state`: whole weights -> those of them that `save` does not write, to be found in a checkpoint again.
     """
 
@@ -62,6 +62,7 @@ class Hooks:
     save: Callable[[Any, dict[str, Tensor]], None]
     validate: Callable[[nn.Module, int], dict[str, float]]
     extra_state: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    best_by: str = "ciou"
 
 
 class Stopped(Exception):
@@ -224,9 +225,10 @@ class Trainer:
             module.eval()
             scores = self.hooks.validate(module, self.step)
         self.engine.module.train()
-        is_best = bool(scores) and scores["ciou"] > self.best
+        score = scores.get(self.hooks.best_by, -math.inf)
+        is_best = score > self.best
         if is_best:
-            self.best = scores["ciou"]
+            self.best = score
         if scores:
             log.record(self.step, scores, "val")
             log.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))

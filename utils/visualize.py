@@ -66,3 +66,12 @@ def save_picture(path: Path, picture: np.ndarray) -> None:
     """Write uint8 RGB [H, W, 3] as PNG, atomically."""
     with atomic_path(path) as temporary:
         Image.fromarray(picture).save(temporary)
+
+
+def save_labels(path: Path, labels: np.ndarray) -> None:
+    """Write which object each pixel belongs to, uint8 [H, W], as a palette PNG like those of DAVIS, atomically."""
+    image = Image.fromarray(labels, mode="P")
+    table = np.concatenate([np.zeros((1, 3), np.uint8), colours(255)])
+    image.putpalette(table.tobytes())
+    with atomic_path(path) as temporary:
+        image.save(temporary, "PNG")

@@ -12,6 +12,7 @@ from utils.errors import CheckpointError
 from ..registry import depth_of, find_config
 from .beit3 import BEIT3
 from .efficient_sam import EFFICIENT_SAM
+from .efficientvit_sam import EFFICIENTVIT_SAM
 from .rules import Format, Section
 from .sam import SAM
 from .sam2 import SAM2, SAM2_IN_EVF
@@ -37,6 +38,7 @@ class PublishedSegmenter:
 
 
 SEGMENTERS = {
+    "efficientvit_sam": PublishedSegmenter(EFFICIENTVIT_SAM, EFFICIENTVIT_SAM, "image_encoder.backbone."),
     "sam": PublishedSegmenter(SAM, SAM, "mask_decoder.output_upscaling."),
     "sam2": PublishedSegmenter(SAM2_IN_EVF, SAM2, "sam_mask_decoder.", "image_encoder.trunk."),
     "efficient_sam": PublishedSegmenter(EFFICIENT_SAM, EFFICIENT_SAM, "mask_decoder.final_output_upscaling_layers."),
@@ -77,9 +79,19 @@ def _count(shapes: Shapes, pattern: str) -> int:
 
 def segmenter_shape(shapes: Shapes, prefix: str, family: str) -> tuple[int, int]:
     """Return (width, layers) of the segmenter's image encoder, (0, 0) where its tensors are absent."""
+    if family == "efficientvit_sam":
+        return _stages_shape(shapes, f"{prefix}image_encoder.backbone.stages.")
     trunk = prefix + SEGMENTERS[family].trunk
     width = shapes.get(f"{trunk}patch_embed.proj.weight", (0,))[0]
     return width, _count(shapes, re.escape(trunk) + r"blocks\.(\d+)\.")
+
+
+def _stages_shape(shapes: Shapes, prefix: str) -> tuple[int, int]:
+    """Return the width of the deepest stage and the number of blocks of all, without the first of each."""
+    stages = _count(shapes, re.escape(prefix) + r"(\d+)\.")
+    blocks = sum(_count(shapes, re.escape(f"{prefix}{i}.op_list.") + r"(\d+)\.") - 1 for i in range(stages))
+    width = shapes.get(f"{prefix}{stages - 1}.op_list.0.main.point_conv.conv.weight", (0,))[0]
+    return width, blocks
 
 
 def detect(config: Mapping[str, Any], shapes: Shapes, source: str) -> ModelConfig:

@@ -26,14 +26,14 @@ class TensorFile:
 
     Args:
         path: the file.
-        entry: name of the top-level entry that holds the tensors; absent entries are fine, then the top level counts.
+        entries: names of a top-level entry that may hold the tensors; without any of them the top level counts.
 
     Raises:
         CheckpointError: damaged, or not a file of tensors alone.
     """
 
-    def __init__(self, path: Path, entry: str | None = None) -> None:
-        self.path, self.entry = path, entry
+    def __init__(self, path: Path, entries: tuple[str, ...] = ()) -> None:
+        self.path, self.entries = path, entries
         self._copied = 0
         self._open()
 
@@ -46,7 +46,7 @@ class TensorFile:
                     f"{self.path} is damaged or not safetensors ({error}). Download it again"
                 ) from None
         else:
-            self._tensors = _load_pickle(self.path, self.entry)
+            self._tensors = _load_pickle(self.path, self.entries)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return name -> shape of every tensor, without reading any."""
@@ -81,7 +81,7 @@ class TensorFile:
         return moved
 
 
-def _load_pickle(path: Path, entry: str | None) -> dict[str, Tensor]:
+def _load_pickle(path: Path, entries: tuple[str, ...]) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch warns of a pickle protocol, then refuses the file
@@ -99,8 +99,8 @@ def _load_pickle(path: Path, entry: str | None) -> dict[str, Tensor]:
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint ({reason}). Download it again") from None
-    if isinstance(content, dict) and entry and isinstance(content.get(entry), dict):
-        content = content[entry]
+    if isinstance(content, dict):
+        content = next((content[name] for name in entries if isinstance(content.get(name), dict)), content)
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise CheckpointError(f"{path} holds no table of named tensors. Pass the published weights file")
     return content
@@ -113,9 +113,9 @@ class Checkpoint:
         CheckpointError: nothing there, an index that names an absent shard, or a name in two shards.
     """
 
-    def __init__(self, source: Path, entry: str | None = None) -> None:
+    def __init__(self, source: Path, entries: tuple[str, ...] = ()) -> None:
         self.source = source
-        self.files = [TensorFile(path, entry) for path in _weight_files(source)]
+        self.files = [TensorFile(path, entries) for path in _weight_files(source)]
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._owner: dict[str, TensorFile] = {}
         for file in self.files:

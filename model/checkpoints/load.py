@@ -182,7 +182,7 @@ def _download(repository: str) -> Path:
 
 
 def _plain_file(path: Path) -> Source:
-    checkpoint = Checkpoint(path, entry="model")
+    checkpoint = Checkpoint(path, ("model", "state_dict"))
     family = evf_sam.family_of(checkpoint.shapes, "")
     if family is None:
         kind = (
@@ -279,10 +279,10 @@ def fill_tensors(
     storages: set[int] = set()
     for name, theirs in key_map.theirs.items():
         # Positions of points need more than 8 bits of mantissa; the matrix that codes them stays exact.
-        kind = None if name.endswith(EXACT) else dtype
+        kind = None if name.endswith(EXACT) or not targets[name].is_floating_point() else dtype
         rows = [checkpoint.read(their, device, kind) for their in theirs]
         tensor = rows[0] if len(rows) == 1 else torch.cat(rows)
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() and targets[name].is_floating_point():
             raise CheckpointError(f"{source}: {theirs[0]} holds {tensor.dtype}, needed are floating-point numbers")
         state[name] = tensor.clone() if tensor.data_ptr() in storages else tensor
         storages.add(tensor.data_ptr())
@@ -321,7 +321,7 @@ def _with_parts(config: ModelConfig, segmenter: str | Path | None, encoder: str 
             raise ModelError(
                 f"{config.name} has no encoder; encoder_checkpoint goes with a name such as evf-{config.name}-base"
             )
-        checkpoint = Checkpoint(_existing(encoder), entry="model")
+        checkpoint = Checkpoint(_existing(encoder), ("model",))
         others = [name for name in checkpoint.shapes if not name.startswith(PREFIX)]
         checkpoint.leave_out(others)
         if others:

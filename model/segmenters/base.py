@@ -47,7 +47,7 @@ class Segmenter(nn.Module):
     `encode_image` reads; `prompt_encoder` is what a phrase alone needs of it; the rest is never trained."""
 
     def part_of(self, name: str) -> str:
-        """Return the part that a parameter belongs to: `image_encoder`, `mask_decoder`, `prompt_encoder`, `other`."""
+        """Return the part that a parameter belongs to: a key of `parts`, or `other`."""
         return next((part for part, beginnings in self.parts.items() if name.startswith(beginnings)), "other")
 
     @property
@@ -90,6 +90,10 @@ class Segmenter(nn.Module):
             pixels: float [B, 3, S, S], made by `image_spec`.
         """
         raise NotImplementedError
+
+    def prompt_spec(self, spec: ImageSpec) -> ImageSpec:
+        """Return how an image that `spec` prepares lies on the frame of prompts and masks; most often the same."""
+        return spec
 
     def encode_prompts(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
         """Return sparse [N, P, 256] and dense [N, 256, h, w] embeddings of geometric prompts.
@@ -149,9 +153,10 @@ class Segmenter(nn.Module):
         return [self._to_image(logits[image_index == i].float()[:, None], size)[:, 0] for i, size in enumerate(sizes)]
 
     def _to_image(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
-        if self.image_spec.resize == "letterbox":
-            side = self.image_spec.size
-            height, width = self.image_spec.resized_size(*size)
+        spec = self.prompt_spec(self.image_spec)
+        if spec.resize == "letterbox":
+            side = spec.size
+            height, width = spec.resized_size(*size)
             logits = F.interpolate(logits, (side, side), mode="bilinear", align_corners=False)
             logits = logits[..., :height, :width]
         return F.interpolate(logits, size, mode="bilinear", align_corners=False)

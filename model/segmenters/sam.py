@@ -14,46 +14,30 @@ from utils.image import ImageSpec
 from ..types import ImageFeatures, MaskPrediction, Prompts
 from .base import SAM_PARTS, Segmenter, count_parts, decode_masks, first_mask, in_parts, pick_images
 
+DECODER_EPS = 1e-5
+"""Of the two-way transformer's layer norms; the library's default is 1e-6."""
 
-class SAMSegmenter(Segmenter):
-    """SAM with any plain ViT."""
+
+class PromptedSAM(Segmenter):
+    """SAM's prompt encoder and mask decoder; families differ in the image encoder.
+
+    Args:
+        side: of the frame that prompts are placed on, in pixels.
+        eps: of the decoder's layer norms.
+    """
 
     prompt_kinds = frozenset({"points", "boxes", "masks"})
     parts = SAM_PARTS
 
-    def __init__(self, config: SAMConfig, library_attention: bool = False) -> None:
-        """Build the modules.
-
-        Args:
-            library_attention: keep the library's attention, the slow twin of `RelativeAttention`.
-        """
+    def __init__(self, side: int, eps: float) -> None:
         super().__init__()
-        self.config = config
-        self.image_spec = ImageSpec(size=config.image_size, resize="letterbox", filter="pillow-bilinear")
-        self.own_image_spec = self.image_spec
-        library = _library_config(config)
-        self.image_encoder = SamVisionEncoder(library.vision_config)
+        library = LibraryConfig(prompt_encoder_config={"image_size": side}, mask_decoder_config={"layer_norm_eps": eps})
         self.prompt_encoder = SamPromptEncoder(library)
         library.mask_decoder_config._attn_implementation = library._attn_implementation or "sdpa"
         self.mask_decoder = SamMaskDecoder(library.mask_decoder_config)
-        if not library_attention:
-            for layer in self.image_encoder.layers:
-                layer.attn = RelativeAttention(layer.attn)
-
-    def encode_image(self, pixels: Tensor) -> ImageFeatures:
-        """Return the embedding [B, 256, S/16, S/16]; see `Segmenter.encode_image`."""
-        encoder = self.image_encoder
-        tokens = encoder.patch_embed(pixels) + encoder.pos_embed
-        for layer in encoder.layers:
-            tokens = in_parts(layer, tokens, layer.window_size) if layer.window_size else _global_layer(layer, tokens)
-        # The neck overflows in fp16: its second convolution sums 2304 products.
-        if tokens.dtype == torch.float16:
-            return ImageFeatures(_neck_in_float32(encoder.neck, tokens).half())
-        kind = tokens.device.type
-        if kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
-            with torch.autocast(kind, enabled=False):
-                return ImageFeatures(encoder.neck(tokens.float()))
-        return ImageFeatures(encoder.neck(tokens))
+        for module in self.mask_decoder.modules():  # the library forgets its last one
+            if type(module) is nn.LayerNorm:  # not those over channels, which have 1e-6 everywhere
+                module.eps = eps
 
     def _encode_prompts(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
         sparse, dense = self.prompt_encoder(
@@ -87,6 +71,40 @@ class SAMSegmenter(Segmenter):
     def select(self, prediction: MaskPrediction) -> Tensor:
         """Return mask 0 for every prompt, int64 [N]."""
         return first_mask(prediction)
+
+
+class SAMSegmenter(PromptedSAM):
+    """SAM with any plain ViT."""
+
+    def __init__(self, config: SAMConfig, library_attention: bool = False) -> None:
+        """Build the modules.
+
+        Args:
+            library_attention: keep the library's attention, the slow twin of `RelativeAttention`.
+        """
+        super().__init__(config.image_size, DECODER_EPS)
+        self.config = config
+        self.image_spec = ImageSpec(size=config.image_size, resize="letterbox", filter="pillow-bilinear")
+        self.own_image_spec = self.image_spec
+        self.image_encoder = SamVisionEncoder(_library_config(config).vision_config)
+        if not library_attention:
+            for layer in self.image_encoder.layers:
+                layer.attn = RelativeAttention(layer.attn)
+
+    def encode_image(self, pixels: Tensor) -> ImageFeatures:
+        """Return the embedding [B, 256, S/16, S/16]; see `Segmenter.encode_image`."""
+        encoder = self.image_encoder
+        tokens = encoder.patch_embed(pixels) + encoder.pos_embed
+        for layer in encoder.layers:
+            tokens = in_parts(layer, tokens, layer.window_size) if layer.window_size else _global_layer(layer, tokens)
+        # The neck overflows in fp16: its second convolution sums 2304 products.
+        if tokens.dtype == torch.float16:
+            return ImageFeatures(_neck_in_float32(encoder.neck, tokens).half())
+        kind = tokens.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+            with torch.autocast(kind, enabled=False):
+                return ImageFeatures(encoder.neck(tokens.float()))
+        return ImageFeatures(encoder.neck(tokens))
 
 
 class RelativeAttention(nn.Module):
@@ -182,7 +200,4 @@ def _library_config(config: SAMConfig) -> LibraryConfig:
             "mlp_dim": int(config.width * config.mlp_ratio),
             "initializer_range": 0.02,
         },
-        prompt_encoder_config={"image_size": config.image_size},
-        # The library's default is 1e-6; Meta's two-way transformer has 1e-5.
-        mask_decoder_config={"layer_norm_eps": 1e-5},
     )

@@ -28,6 +28,10 @@ VIDEO_PARTS = (
 """Parts of the library's video model that still images never use."""
 
 STABILITY_DELTA, STABILITY_THRESHOLD = 0.05, 0.98
+NEAR = 2.0
+"""Of all queries and keys, at the start: by their rotary positions alone each place then looks at itself in memory."""
+LAYER_SCALE = 0.1
+"""Of what the memory encoder's layers add, at the start of a training from nothing."""
 
 
 class SAM2Segmenter(Segmenter):
@@ -42,6 +46,7 @@ class SAM2Segmenter(Segmenter):
             ),
             "prompt_encoder": ("sam2.prompt_encoder.no_mask_embed.",),
             "mask_decoder": ("sam2.mask_decoder.",),
+            "memory": tuple(f"sam2.{part}" for part in VIDEO_PARTS),
         }
     )  # fmt: skip
 
@@ -56,6 +61,7 @@ class SAM2Segmenter(Segmenter):
         self.image_spec = ImageSpec(size=config.image_size, resize="square")
         self.own_image_spec = self.image_spec.for_sam2()
         self.sam2 = Sam2VideoModel(_library_config(config))
+        _start_afresh(self.sam2)
         self.sam2.shared_image_embedding = self.sam2.prompt_encoder.shared_embedding
         if not config.has_video:
             for name in VIDEO_PARTS:
@@ -158,6 +164,41 @@ class SAM2Segmenter(Segmenter):
             for name, buffer in fresh.named_buffers():
                 owner, _, leaf = name.rpartition(".")
                 setattr(attention.get_submodule(owner), leaf, buffer)
+
+
+def _start_afresh(sam2: nn.Module) -> None:
+    """Start weights so that they can be learned from; the library's own start, 0.02 everywhere, is too small.
+
+    As torch and SAM 2 do, but for one layer: the decoder's first self-attention has no way around it, so that averages
+    of tokens are all that later layers see of a prompt. It starts with each token attending to itself.
+    """
+    for module in sam2.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.Embedding):
+            module.reset_parameters()
+    backbone = sam2.vision_encoder.backbone
+    tables = (
+        backbone.pos_embed, backbone.pos_embed_window, sam2.prompt_encoder.no_mask_embed.weight,
+        sam2.no_memory_embedding, sam2.no_object_pointer, sam2.memory_temporal_positional_encoding,
+    )  # fmt: skip
+    for table in tables:
+        nn.init.trunc_normal_(table, std=0.02)
+    for layer in sam2.memory_encoder.memory_fuser.layers:
+        nn.init.constant_(layer.scale, LAYER_SCALE)
+    for layer in sam2.memory_attention.layers:
+        for projection in (layer.cross_attn_image.q_proj, layer.cross_attn_image.k_proj):
+            nn.init.normal_(projection.weight, std=0.02)
+            nn.init.constant_(projection.bias, NEAR)
+    transformer = sam2.mask_decoder.transformer
+    crossings = [transformer.final_attn_token_to_image]
+    for layer in transformer.layers:
+        crossings += [layer.cross_attn_token_to_image, layer.cross_attn_image_to_token]
+    for attention in crossings:
+        nn.init.orthogonal_(attention.q_proj.weight)
+        attention.k_proj.load_state_dict(attention.q_proj.state_dict())
+    first = transformer.layers[0].self_attn
+    for layer in (first.q_proj, first.k_proj, first.v_proj, first.o_proj):
+        nn.init.eye_(layer.weight)
+        nn.init.zeros_(layer.bias)
 
 
 def _two_convs(first: nn.Conv2d, second: nn.Conv2d, pixels: Tensor) -> Tensor:

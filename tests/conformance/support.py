@@ -21,7 +21,7 @@ from model.registry import model_config
 from utils.files import write_json
 
 CONFORMANCE = Path(__file__).parents[3] / "shared" / "conformance"
-EVF = CONFORMANCE / "evf-sam"
+EVF, EFFICIENTVIT = CONFORMANCE / "evf-sam", CONFORMANCE / "efficientvit-sam"
 
 needs_golden_data = pytest.mark.skipif(
     not EVF.is_dir(), reason="the golden data of the published code (../shared/conformance) is not here"
@@ -53,12 +53,13 @@ def fill_module() -> ModuleType:
 
 def manifest(name: str) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of every tensor of a published checkpoint, in its order."""
-    return {key: tuple(shape) for key, shape in json.loads((EVF / "manifests" / f"{name}.json").read_text())}
+    root = EFFICIENTVIT if name.startswith("efficientvit") else EVF
+    return {key: tuple(shape) for key, shape in json.loads((root / "manifests" / f"{name}.json").read_text())}
 
 
 def golden_tensor(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Return one regenerated tensor."""
-    return torch.from_numpy(np.ascontiguousarray(fill_module().fill(seed, name, shape)))
+    return torch.from_numpy(np.ascontiguousarray(fill_module().fill(seed, name, shape))).reshape(shape)
 
 
 class ManifestCheckpoint:

@@ -1,12 +1,18 @@
 """SAM 2's memory against recorded videos of the published code."""
 
+import json
+import sys
+
 import numpy as np
 import pytest
 import torch
 
+import inference_video
 from model.tracker import ObjectMemory, Tracker, fill_holes
-from tests.conformance.support import EVF, golden_model, needs_golden_data, read_case
+from tests.conformance.support import EVF, golden_model, needs_golden_data, published_folder, read_case
 from utils.image import read_image
+from utils.masks import decode_rle
+from utils.tokenizer import PhraseTokenizer
 
 pytestmark = needs_golden_data
 
@@ -58,3 +64,23 @@ def test_memory_equals_the_recorded_one(name):
         assert np.abs(logits[::2, ::2].numpy() - arrays["logits_s2"][i]).max() < 1e-3
         mask = np.unpackbits(arrays["mask_bits"][i])[: logits.numel()].reshape(case["hw"])
         assert ((logits > 0).numpy() != mask).sum() <= 3
+
+
+@pytest.mark.slow
+def test_the_command_line_gives_the_recorded_masks(tmp_path, monkeypatch, capsys):
+    """The published command on frames as they lie on disk; the recorded token ids stand for a phrase."""
+    case, arrays = read_case(EVF / "video" / "s5_p1_f31.json")
+    folder = published_folder(case["arch"], case["seed"], tmp_path / "checkpoint", shards=False)
+    monkeypatch.setattr(PhraseTokenizer, "encode", lambda self, phrase: list(case["input_ids"]))
+    options = {
+        "--version": folder, "--image_path": EVF / "video" / case["frames"], "--prompt": "recorded",
+        "--vis_save_path": tmp_path / "out", "--model_type": "sam2", "--precision": "fp32", "--device": "cpu",
+    }  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["inference_video.py", *(str(word) for pair in options.items() for word in pair)])
+    assert inference_video.main() == 0
+    frames = json.loads((tmp_path / "out" / "results.json").read_text())["frames"]
+    assert len(frames) == len(arrays["mask_bits"])
+    for record, bits in zip(frames, arrays["mask_bits"], strict=True):
+        mask = decode_rle(record["objects"][0]["segmentation"])
+        assert list(mask.shape) == case["hw"]
+        assert (mask != np.unpackbits(bits)[: mask.size].reshape(mask.shape)).sum() <= 3

@@ -18,11 +18,11 @@ from utils.errors import DataError
 from utils.files import atomic_path, write_json
 
 from .backgrounds import BACKGROUNDS, USUAL, open_photos
-from .choose import choose_phrases
+from .choose import Phrase, choose_phrases
 from .layout import ANNOTATIONS, IMAGES, SPLITS, SUMMARY, write_annotations
 from .phrases import Speaker, vocabulary
 from .referring import View
-from .scene import draw_scene
+from .scene import Scene, draw_scene
 from .sprites import SpriteSet
 
 VERSION = 2
@@ -105,48 +105,62 @@ class Studio:
         Raises:
             DataError: no scene with a phrase was found.
         """
+        scene, phrases, _ = self.compose(split, index, SPLITS[split] == "testB")
+        masks = np.stack([scene.owner == number for number in range(len(scene.things))], axis=-1)
+        record = {
+            "image_id": split * 10_000_000 + index + 1,
+            "file_name": f"synthetic_{SPLITS[split]}_{index:07d}.jpg",
+            "split": SPLITS[split],
+            "background": scene.background,
+            "things": [
+                {
+                    "kind": thing.kind.name,
+                    "box": thing.box,
+                    "area": thing.area,
+                    "full_area": thing.full_area,
+                    "angle": round(thing.angle, 2),
+                    "side": round(thing.side, 2),
+                    "flipped": thing.flipped,
+                    "counts": counts,
+                }
+                for thing, counts in zip(scene.things, _encode(masks), strict=True)
+            ],
+            "phrases": [
+                {
+                    "text": phrase.text,
+                    "form": phrase.form,
+                    "meaning": phrase.meaning.to_plain(),
+                    "targets": phrase.targets,
+                }
+                for phrase in phrases
+            ],
+        }
+        return scene.image, record
+
+    def compose(
+        self, stream: int, index: int, held_out: bool = False
+    ) -> tuple[Scene, list[Phrase], np.random.Generator]:
+        """Return a scene with phrases, and the generator for what is random after that.
+
+        Args:
+            stream: scenes of another stream are others.
+            held_out: as `choose_phrases`.
+
+        Raises:
+            DataError: no scene with a phrase was found.
+        """
         recipe = self.recipe
         for attempt in range(ATTEMPTS):
-            rng = np.random.default_rng([recipe.seed, split, index, attempt])
+            rng = np.random.default_rng([recipe.seed, stream, index, attempt])
             scene = draw_scene(
                 rng, self.sprites, self.indices, recipe.height, recipe.width, recipe.backgrounds, self.photos
             )
             if scene is None:
                 continue
             view = View.of(scene.things, recipe.height, recipe.width)
-            phrases = choose_phrases(rng, view, self.kinds, self.speaker, SPLITS[split] == "testB")
-            if sum(len(phrase.targets) == 1 for phrase in phrases) < 1:
-                continue
-            masks = np.stack([scene.owner == number for number in range(len(scene.things))], axis=-1)
-            record = {
-                "image_id": split * 10_000_000 + index + 1,
-                "file_name": f"synthetic_{SPLITS[split]}_{index:07d}.jpg",
-                "split": SPLITS[split],
-                "background": scene.background,
-                "things": [
-                    {
-                        "kind": thing.kind.name,
-                        "box": thing.box,
-                        "area": thing.area,
-                        "full_area": thing.full_area,
-                        "angle": round(thing.angle, 2),
-                        "side": round(thing.side, 2),
-                        "flipped": thing.flipped,
-                        "counts": counts,
-                    }
-                    for thing, counts in zip(scene.things, _encode(masks), strict=True)
-                ],
-                "phrases": [
-                    {
-                        "text": phrase.text,
-                        "form": phrase.form,
-                        "meaning": phrase.meaning.to_plain(),
-                        "targets": phrase.targets,
-                    }
-                    for phrase in phrases
-                ],
-            }
-            return scene.image, record
+            phrases = choose_phrases(rng, view, self.kinds, self.speaker, held_out)
+            if any(len(phrase.targets) == 1 for phrase in phrases):
+                return scene, phrases, rng
         raise DataError(f"No scene with a phrase in {ATTEMPTS} attempts: allow more kinds or a larger size")
 
     def draw_part(self, part: "Part") -> Path:

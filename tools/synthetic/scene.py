@@ -43,28 +43,43 @@ class Placed:
         return self.area / self.full_area
 
 
+@dataclass
+class Wish:
+    """A thing before it has a place: its number in `SpriteSet.kinds`, as `Placed`, and where it should be, 0..1."""
+
+    kind: int
+    side: float
+    angle: float
+    flipped: bool
+    centre: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How a thing was drawn: `centre` x y in pixels, of its picture as it was cut."""
+
+    wish: Wish
+    brightness: np.float32
+    centre: tuple[float, float]
+
+
 @dataclass(frozen=True)
 class Scene:
     """A composited scene.
 
     * `image`: uint8 RGB [H, W, 3].
     * `owner`: int8 [H, W], which of `things` is seen at a pixel, -1 for the background: mask i is `owner == i`.
-    * `things`: from back to front.
+    * `things`: from back to front; `layers`: how each was drawn.
+    * `backdrop`: uint8 RGB [H, W, 3] behind them; `shadow`: how dark they make it, 0..1.
     """
 
     image: np.ndarray
     owner: np.ndarray
     things: tuple[Placed, ...]
     background: str
-
-
-@dataclass
-class _Wish:
-    kind: int
-    side: float
-    angle: float
-    flipped: bool
-    centre: tuple[float, float] | None
+    layers: tuple[Layer, ...]
+    backdrop: np.ndarray
+    shadow: float
 
 
 def draw_scene(
@@ -86,28 +101,31 @@ def draw_scene(
     owner = np.full((height, width), -1, np.int8)
     shadow = rng.uniform(0.15, 0.45) if rng.random() < 0.4 else 0.0
     wishes = _choose(rng, sprites, kinds, min(height, width))
-    placed: list[tuple[_Wish, int]] = []
+    placed: list[tuple[Layer, int]] = []
     full_areas = np.zeros(0, np.int64)
     for wish in wishes:
-        patch = _cut(sprites, wish, np.float32(rng.uniform(0.88, 1.08)))
+        brightness = np.float32(rng.uniform(0.88, 1.08))
+        patch = cut(sprites, wish, brightness)
         spot = _find_spot(rng, patch, wish, owner, full_areas)
         if spot is None:
             continue
-        _paste(image, owner, patch, spot, len(placed), shadow)
+        paste(image, owner, patch, spot, len(placed), shadow)
         full_areas = np.append(full_areas, int((patch[..., 3] >= OPAQUE).sum()))
-        placed.append((wish, int(full_areas[-1])))
+        centre = (spot[1] + patch.shape[1] / 2, spot[0] + patch.shape[0] / 2)
+        placed.append((Layer(wish, brightness, centre), int(full_areas[-1])))
     if rng.random() < 0.25:
         image += rng.standard_normal((height, width, 1), dtype=np.float32) * np.float32(rng.uniform(2, 8))
     things, order = [], []
-    for number, (wish, full_area) in enumerate(placed):
-        box, area = _extent(owner, number)
+    for number, (layer, full_area) in enumerate(placed):
+        wish, (box, area) = layer.wish, _extent(owner, number)
         if area >= 24:
             order.append(number)
             kind = sprites.kinds[wish.kind]
             things.append(Placed(kind, box, area, full_area, wish.angle, wish.side, wish.flipped))
     if len(things) < 2 or len(things) != len(placed):
         return None
-    return Scene(np.clip(image + 0.5, 0, 255).astype(np.uint8), owner, tuple(things), background)
+    image = np.clip(image + 0.5, 0, 255).astype(np.uint8)
+    return Scene(image, owner, tuple(things), background, tuple(layer for layer, _ in placed), picture, shadow)
 
 
 def _weighted(rng: np.random.Generator, weights: dict[int, int]) -> int:
@@ -115,7 +133,7 @@ def _weighted(rng: np.random.Generator, weights: dict[int, int]) -> int:
     return int(rng.choice(list(weights), p=values / values.sum()))
 
 
-def _choose(rng: np.random.Generator, sprites: SpriteSet, kinds: Sequence[int], unit: int) -> list[_Wish]:
+def _choose(rng: np.random.Generator, sprites: SpriteSet, kinds: Sequence[int], unit: int) -> list[Wish]:
     """Choose kinds (most scenes hold several of one kind, none two of one family), sizes and layout."""
     total = _weighted(rng, COUNT_WEIGHTS)
     counts: list[tuple[int, int]] = []
@@ -132,7 +150,7 @@ def _choose(rng: np.random.Generator, sprites: SpriteSet, kinds: Sequence[int], 
         left -= counts[-1][1]
         families.add(kind.family)
     layout = rng.choice(["free", "row", "column"], p=[0.66, 0.24, 0.1])
-    wishes: list[_Wish] = []
+    wishes: list[Wish] = []
     for position, (index, count) in enumerate(counts):
         centres: list[tuple[float, float] | None] = [None] * count
         if layout != "free" and count >= 2 and position == 0:
@@ -142,7 +160,7 @@ def _choose(rng: np.random.Generator, sprites: SpriteSet, kinds: Sequence[int], 
         ladder = 1.5 ** (rng.permutation(count) - (count - 1) / 2) if rng.random() < 0.65 else np.ones(count)
         for factor, centre in zip(ladder, centres, strict=True):
             side = float(np.clip(base * factor * rng.uniform(0.93, 1.07), MIN_SIDE * thin, MAX_SIDE)) * unit
-            wishes.append(_Wish(index, side, _angle(rng), bool(rng.random() < 0.5), centre))
+            wishes.append(Wish(index, side, _angle(rng), bool(rng.random() < 0.5), centre))
     return [wishes[i] for i in rng.permutation(len(wishes))]
 
 
@@ -162,7 +180,7 @@ def _angle(rng: np.random.Generator) -> float:
     return float(rng.uniform(-spread, spread))
 
 
-def _cut(sprites: SpriteSet, wish: _Wish, brightness: np.float32) -> np.ndarray:
+def cut(sprites: SpriteSet, wish: Wish, brightness: np.float32) -> np.ndarray:
     """Return a thing scaled, turned and mirrored, premultiplied RGBA, float32 [h, w, 4] in 0..255, cropped."""
     level = 0
     while level + 1 < len(sprites.levels) and wish.side <= EXTENT >> (level + 1):
@@ -183,7 +201,7 @@ def _cut(sprites: SpriteSet, wish: _Wish, brightness: np.float32) -> np.ndarray:
 
 
 def _find_spot(
-    rng: np.random.Generator, patch: np.ndarray, wish: _Wish, owner: np.ndarray, full_areas: np.ndarray
+    rng: np.random.Generator, patch: np.ndarray, wish: Wish, owner: np.ndarray, full_areas: np.ndarray
 ) -> tuple[int, int] | None:
     """Return top and left for a patch, such that what is there already stays visible enough.
 
@@ -230,9 +248,15 @@ def _clip(
     return (slice(y1 - top, y2 - top), slice(x1 - left, x2 - left)), (slice(y1, y2), slice(x1, x2))
 
 
-def _paste(
+def paste(
     image: np.ndarray, owner: np.ndarray, patch: np.ndarray, spot: tuple[int, int], number: int, shadow: float
 ) -> None:
+    """Draw a thing over an image, with its shadow, and mark what is seen of it.
+
+    Args:
+        image: float32 RGB [H, W, 3] in 0..255, written; owner: int8 [H, W], written.
+        patch: as `cut`; spot: its top and left, which may be outside.
+    """
     top, left = spot
     if shadow:
         blur = max(3, min(patch.shape[:2]) // 12) | 1
