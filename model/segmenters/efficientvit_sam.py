@@ -17,7 +17,7 @@ from utils.image import ImageSpec
 
 from ..types import ImageFeatures
 from .base import PROMPT_WIDTH
-from .sam import PromptedSAM
+from .prompted import PromptedSAM
 
 EPS, ATTENTION_EPS = 1e-6, 1e-15
 """Of every normalisation, and of the linear attention's division."""

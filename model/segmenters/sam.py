@@ -6,71 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SamConfig as LibraryConfig
-from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncoder, SamVisionEncoder
+from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from configs.schema import SAMConfig
 from utils.image import ImageSpec
 
-from ..types import ImageFeatures, MaskPrediction, Prompts
-from .base import SAM_PARTS, Segmenter, count_parts, decode_masks, first_mask, in_parts, pick_images
+from ..types import ImageFeatures
+from .base import count_parts, in_parts
+from .prompted import PromptedSAM
 
 DECODER_EPS = 1e-5
 """Of the two-way transformer's layer norms; the library's default is 1e-6."""
-
-
-class PromptedSAM(Segmenter):
-    """SAM's prompt encoder and mask decoder; families differ in the image encoder.
-
-    Args:
-        side: of the frame that prompts are placed on, in pixels.
-        eps: of the decoder's layer norms.
-    """
-
-    prompt_kinds = frozenset({"points", "boxes", "masks"})
-    parts = SAM_PARTS
-
-    def __init__(self, side: int, eps: float) -> None:
-        super().__init__()
-        library = LibraryConfig(prompt_encoder_config={"image_size": side}, mask_decoder_config={"layer_norm_eps": eps})
-        self.prompt_encoder = SamPromptEncoder(library)
-        library.mask_decoder_config._attn_implementation = library._attn_implementation or "sdpa"
-        self.mask_decoder = SamMaskDecoder(library.mask_decoder_config)
-        for module in self.mask_decoder.modules():  # the library forgets its last one
-            if type(module) is nn.LayerNorm:  # not those over channels, which have 1e-6 everywhere
-                module.eps = eps
-
-    def _encode_prompts(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
-        sparse, dense = self.prompt_encoder(
-            prompts.points[:, None] if prompts.points is not None else None,
-            prompts.labels[:, None] if prompts.labels is not None else None,
-            prompts.boxes[:, None] if prompts.boxes is not None else None,
-            prompts.masks,
-        )
-        return (None if sparse is None else sparse[:, 0]), (dense if prompts.masks is not None else None)
-
-    @property
-    def position_matrix(self) -> Tensor:
-        """What places are coded by; see `Segmenter.position_matrix`."""
-        return self.prompt_encoder.shared_embedding.positional_embedding
-
-    def decode(
-        self,
-        features: ImageFeatures,
-        sparse: Tensor,
-        dense: Tensor | None = None,
-        image_index: Tensor | None = None,
-    ) -> MaskPrediction:
-        """Return four masks and their IoU (a plain linear output) per prompt; see `Segmenter.decode`."""
-        if dense is None:
-            dense = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
-        embedding = pick_images(features.embedding, image_index, len(sparse)) + dense
-        positions = self.positions(embedding.shape[-1], embedding.dtype)
-        masks, iou, _ = decode_masks(self.mask_decoder, embedding, positions, sparse)
-        return MaskPrediction(masks, iou)
-
-    def select(self, prediction: MaskPrediction) -> Tensor:
-        """Return mask 0 for every prompt, int64 [N]."""
-        return first_mask(prediction)
 
 
 class SAMSegmenter(PromptedSAM):

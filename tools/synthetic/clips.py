@@ -117,7 +117,7 @@ def _choose_motion(rng: np.random.Generator, unit: int, frames: int) -> _Motion:
 
 def _is_inside(spot: tuple[int, int], patch: tuple[int, ...], shape: tuple[int, int]) -> bool:
     """Return whether any of a patch would be seen; one far outside cannot even be cut to the picture."""
-    return all(-length < at < side for at, length, side in zip(spot, patch, shape, strict=False))
+    return all(-length < at < side for at, length, side in zip(spot, patch[:2], shape, strict=True))
 
 
 @dataclass(frozen=True)
