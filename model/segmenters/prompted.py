@@ -1,4 +1,4 @@
-"""SAM's prompt encoder and mask decoder on the transformers modules (arXiv 2304.02643), which several families share."""
+"""SAM's prompt encoder and mask decoder on the transformers modules (arXiv 2304.02643), shared by several families."""
 
 from torch import Tensor, nn
 from transformers import SamConfig as LibraryConfig
