@@ -269,7 +269,8 @@ def test_it_sees_what_the_predictor_sees(made):
 def test_a_clip_can_be_learned(made):
     torch.manual_seed(0)
     step = make_step()
-    batch = ClipInputs()(make_batch(made, step, (0,)))
+    collate = ClipCollate(step.spec, step.model.encoder.image_spec, PhraseTokenizer(TOKENIZER, 62))
+    batch = ClipInputs()(collate([mixture(made, start="first", frames=3, phrases=1)[0]]))
     optimizer = torch.optim.AdamW([p for p in step.parameters() if p.requires_grad], lr=1e-3)
     weights = torch.tensor(list(LOSS.terms().values()))
     curve = []

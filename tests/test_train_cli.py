@@ -153,7 +153,7 @@ def start_and_kill(options, out, is_time, with_signal, ranks=1):
     return process.wait(timeout=120)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_while_saving_it_goes_on_as_if_nothing_had_happened(ranks, experiment, reference, tmp_path):
     partial = RunFolder(tmp_path).partial(4)
     start_and_kill([experiment], tmp_path, lambda: (partial / "config.json").is_file() or (
@@ -166,7 +166,7 @@ def test_killed_while_saving_it_goes_on_as_if_nothing_had_happened(ranks, experi
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_sigterm_saves_and_exits(ranks, experiment, reference, tmp_path):
     """Also with workers, which torchrun sends the signal to as well."""
     log = tmp_path / "log.jsonl"
