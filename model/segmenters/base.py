@@ -250,6 +250,17 @@ def best_of_three(prediction: MaskPrediction) -> Tensor:
     return prediction.iou[:, 1:].argmax(dim=1) + 1
 
 
+def run_prompt_encoder(encoder: nn.Module, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
+    """Run a transformers SAM or SAM-2 prompt encoder; see `Segmenter.encode_prompts`."""
+    sparse, dense = encoder(
+        prompts.points[:, None] if prompts.points is not None else None,
+        prompts.labels[:, None] if prompts.labels is not None else None,
+        prompts.boxes[:, None] if prompts.boxes is not None else None,
+        prompts.masks,
+    )
+    return (None if sparse is None else sparse[:, 0]), (dense if prompts.masks is not None else None)
+
+
 def decode_masks(
     decoder: nn.Module,
     embedding: Tensor,

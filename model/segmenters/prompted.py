@@ -5,7 +5,7 @@ from transformers import SamConfig as LibraryConfig
 from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncoder
 
 from ..types import ImageFeatures, MaskPrediction, Prompts
-from .base import SAM_PARTS, Segmenter, decode_masks, first_mask, pick_images
+from .base import SAM_PARTS, Segmenter, decode_masks, first_mask, pick_images, run_prompt_encoder
 
 
 class PromptedSAM(Segmenter):
@@ -30,13 +30,7 @@ class PromptedSAM(Segmenter):
                 module.eps = eps
 
     def _encode_prompts(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
-        sparse, dense = self.prompt_encoder(
-            prompts.points[:, None] if prompts.points is not None else None,
-            prompts.labels[:, None] if prompts.labels is not None else None,
-            prompts.boxes[:, None] if prompts.boxes is not None else None,
-            prompts.masks,
-        )
-        return (None if sparse is None else sparse[:, 0]), (dense if prompts.masks is not None else None)
+        return run_prompt_encoder(self.prompt_encoder, prompts)
 
     @property
     def position_matrix(self) -> Tensor:

@@ -12,7 +12,7 @@ from configs.schema import SAM2Config
 from utils.image import ImageSpec
 
 from ..types import ImageFeatures, MaskPrediction, Prompts
-from .base import Segmenter, best_of_three, decode_masks, first_mask, in_parts, pick_images
+from .base import Segmenter, best_of_three, decode_masks, first_mask, in_parts, pick_images, run_prompt_encoder
 
 VIDEO_PARTS = (
     "memory_attention",
@@ -107,13 +107,7 @@ class SAM2Segmenter(Segmenter):
         return levels
 
     def _encode_prompts(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
-        sparse, dense = self.sam2.prompt_encoder(
-            prompts.points[:, None] if prompts.points is not None else None,
-            prompts.labels[:, None] if prompts.labels is not None else None,
-            prompts.boxes[:, None] if prompts.boxes is not None else None,
-            prompts.masks,
-        )
-        return (None if sparse is None else sparse[:, 0]), (dense if prompts.masks is not None else None)
+        return run_prompt_encoder(self.sam2.prompt_encoder, prompts)
 
     @property
     def position_matrix(self) -> Tensor:
