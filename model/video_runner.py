@@ -85,7 +85,7 @@ def run(args: VideoArgs) -> int:
     job = _Job(args, frames, folder, source.stem if source.is_file() else source.resolve().name)
     try:
         job.follow(video, at)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not isinstance(error, torch.OutOfMemoryError) and CPU_IS_FULL not in str(error):
             raise
         raise ModelError(

@@ -190,7 +190,9 @@ def _plain_file(path: Path) -> Source:
             if any(name.startswith(PREFIX) for name in checkpoint.shapes)
             else "of no known format"
         )
-        raise CheckpointError(f"{path} is {kind}. A model file is of SAM, SAM-2 or EfficientSAM; a folder of EVF-SAM")
+        raise CheckpointError(
+            f"{path} is {kind}. A model file is of SAM, SAM-2, EfficientSAM or EfficientViT-SAM; a folder of EVF-SAM"
+        )
     config = find_config(family, *evf_sam.segmenter_shape(checkpoint.shapes, "", family), None)
     config = _with_video(config, checkpoint, "")
     return Source(path, checkpoint, config, (Section("segmenter.", "", evf_sam.SEGMENTERS[family].plain),))

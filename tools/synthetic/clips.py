@@ -1,9 +1,7 @@
 """Clips: the things of a scene move, grow, turn, cross, leave and come back, in the layout of Ref-DAVIS17."""
 
 import json
-import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from utils.errors import DataError
 from utils.files import atomic_path, write_json
 from utils.visualize import save_labels
 
-from .generate import Recipe, Studio
+from .generate import Recipe, Studio, in_processes
 from .scene import Layer, Scene, cut, paste
 from .sprites import SpriteSet
 
@@ -138,12 +136,12 @@ class ClipStudio:
         self.recipe, self.sprites, self.root = recipe, sprites, out / ROOT
         self.studio = Studio(recipe.scene, sprites, out)
 
-    def draw(self, job: _Job) -> str:
+    def draw(self, job: _Job) -> None:
         """Write the frames and labels of a clip, then what says that it is whole; one that is there stays."""
         root = self.root / SPLITS[job.split]
         images, labels = root / "JPEGImages" / job.name, root / "Annotations" / job.name
         if (labels / DONE).is_file():
-            return job.name
+            return
         scene, phrases, rng = self.studio.compose(FIRST_STREAM + job.split, job.index)
         for time, (image, owner) in enumerate(draw_clip(rng, self.sprites, scene, self.recipe.frames)):
             with atomic_path(images / f"{time:05d}.jpg") as temporary:
@@ -156,7 +154,6 @@ class ClipStudio:
         }
         frames = [f"{time:05d}" for time in range(self.recipe.frames)]
         write_json(labels / DONE, {"expressions": expressions, "frames": frames})
-        return job.name
 
 
 _studio: ClipStudio | None = None
@@ -168,10 +165,10 @@ def _start_process(recipe: ClipRecipe, sprites_folder: Path, out: Path) -> None:
     _studio = ClipStudio(recipe, SpriteSet.load(sprites_folder), out)
 
 
-def _draw_in_process(job: _Job) -> str:
+def _draw_in_process(job: _Job) -> None:
     if _studio is None:
         raise DataError("A process was not prepared")
-    return _studio.draw(job)
+    _studio.draw(job)
 
 
 def make_clips(
@@ -209,15 +206,11 @@ def make_clips(
 
 def _draw_all(
     jobs: list[_Job], recipe: ClipRecipe, sprites: SpriteSet, sprites_folder: Path | None, out: Path, workers: int
-) -> Iterator[str]:
+) -> Iterator[_Job]:
     if workers <= 1 or len(jobs) <= 1 or sprites_folder is None:
-        yield from map(ClipStudio(recipe, sprites, out).draw, jobs)
+        studio = ClipStudio(recipe, sprites, out)
+        for job in jobs:
+            studio.draw(job)
+            yield job
         return
-    pool = ProcessPoolExecutor(
-        min(workers, len(jobs)), multiprocessing.get_context("spawn"), _start_process, (recipe, sprites_folder, out)
-    )
-    try:
-        for future in as_completed([pool.submit(_draw_in_process, job) for job in jobs]):
-            yield future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    yield from in_processes(jobs, workers, _draw_in_process, _start_process, (recipe, sprites_folder, out))

@@ -5,10 +5,11 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -30,6 +31,8 @@ VERSION = 2
 PARTS = ".synthetic_parts"
 CHUNK = 50
 ATTEMPTS = 200
+
+Job = TypeVar("Job")
 
 
 @dataclass(frozen=True)
@@ -294,11 +297,16 @@ def _draw_all(
             studio.draw_part(part)
             yield part
         return
-    pool = ProcessPoolExecutor(
-        min(workers, len(todo)), multiprocessing.get_context("spawn"), _start_process, (recipe, sprites_folder, out)
-    )
+    yield from in_processes(todo, workers, _draw_in_process, _start_process, (recipe, sprites_folder, out))
+
+
+def in_processes(
+    jobs: Sequence[Job], workers: int, work: Callable[[Job], Any], start: Callable[..., None], arguments: tuple
+) -> Iterator[Job]:
+    """Do jobs in processes that each begin with `start(*arguments)`; yield each job when it is done, in any order."""
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn"), start, arguments)
     try:
-        futures = {pool.submit(_draw_in_process, part): part for part in todo}
+        futures = {pool.submit(work, job): job for job in jobs}
         for future in as_completed(futures):
             future.result()
             yield futures[future]
