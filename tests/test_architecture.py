@@ -170,3 +170,17 @@ def test_no_work_at_import():
     )
     done = run_python(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_bundled_model_needs_no_model_library():
+    """transformers' and timm's modules cost two seconds and more at the start of every command."""
+    code = (
+        "import sys, numpy as np\n"
+        "from model import load_predictor\n"
+        "predictor = load_predictor('nano', 'cpu')\n"
+        "predictor.set_image(np.zeros((64, 64, 3), np.uint8))\n"
+        "predictor.predict(['a cat'])\n"
+        "assert not {'transformers', 'timm', 'torchvision', 'torch._dynamo'} & sys.modules.keys(), 'heavy import'"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr

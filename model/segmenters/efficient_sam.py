@@ -1,16 +1,17 @@
-"""EfficientSAM-T and S (arXiv 2312.00863, yformer/EfficientSAM): timm's ViT, a neck, and a decoder of its own.
+"""EfficientSAM-T and S (arXiv 2312.00863, yformer/EfficientSAM): a plain ViT, a neck, and a decoder of its own.
+
+No library is imported for it: the ViTs of timm and transformers cost two seconds at the start of every command.
 
 The decoder is not SAM's: exact GELU throughout, every self-attention has a residual, the learned tokens are added into
 the running tokens of the second layer, and one group norm replaces the channel layer norm.
 """
 
+from collections import OrderedDict
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from transformers.models.sam.modeling_sam import SamVisionNeck
 
 from configs.schema import EfficientSAMConfig
 from utils.image import ImageSpec
@@ -77,22 +78,14 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, config: EfficientSAMConfig) -> None:
         super().__init__()
-        self.trunk = VisionTransformer(
-            img_size=config.image_size,
-            patch_size=16,
-            embed_dim=config.width,
-            depth=config.layers,
-            num_heads=config.heads,
-            num_classes=0,
-            global_pool="",
-            class_token=False,
-            pos_embed="none",
-            final_norm=False,
-            fc_norm=False,
-        )
+        self.trunk = Trunk(config.width, config.layers, config.heads)
         self.pos_embed = nn.Parameter(torch.zeros(1, PRETRAINED_GRID**2 + 1, config.width))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        self.neck = SamVisionNeck(_NeckConfig(config.width))
+        for layer in self.trunk.blocks.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        self.neck = Neck(config.width)
 
     def positions(self, side: int) -> Tensor:
         """Return the position table on a `side` x `side` grid, [1, side * side, C]."""
@@ -103,16 +96,73 @@ class ImageEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, S, S] to [B, 256, S/16, S/16]."""
         side = pixels.shape[-1] // 16
-        tokens = self.trunk.patch_embed(pixels) + self.positions(side)
+        tokens = self.trunk.patch_embed["proj"](pixels).flatten(2).transpose(1, 2) + self.positions(side)
         tokens = self.trunk.blocks(tokens)
         return self.neck(tokens.unflatten(1, (side, side)))
 
 
-class _NeckConfig:
-    """The two numbers that the library's neck reads."""
+class Trunk(nn.Module):
+    """Patches and blocks, named as timm's `VisionTransformer` names them."""
+
+    def __init__(self, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, 16, 16)})
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP with exact GELU."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+        self.attn = Attention(width, heads)
+        self.mlp = nn.Sequential(
+            OrderedDict(fc1=nn.Linear(width, 4 * width), act=nn.GELU(), fc2=nn.Linear(4 * width, width))
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T, C] to [B, T, C]."""
+        tokens = tokens + self.attn(self.norm1(tokens))
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+class Attention(nn.Module):
+    """Self-attention with one projection for queries, keys and values."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T, C] to [B, T, C]."""
+        return self.proj(attend(*self.qkv(tokens).chunk(3, dim=-1), self.heads))
+
+
+class Neck(nn.Module):
+    """Two convolutions to the width of the prompts, each with a layer norm over its channels."""
 
     def __init__(self, width: int) -> None:
-        self.hidden_size, self.output_channels = width, PROMPT_WIDTH
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, PROMPT_WIDTH, 1, bias=False)
+        self.layer_norm1 = ChannelNorm(PROMPT_WIDTH, eps=1e-6)
+        self.conv2 = nn.Conv2d(PROMPT_WIDTH, PROMPT_WIDTH, 3, padding=1, bias=False)
+        self.layer_norm2 = ChannelNorm(PROMPT_WIDTH, eps=1e-6)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, h, w, C] to [B, 256, h, w]."""
+        image = self.layer_norm1(self.conv1(tokens.permute(0, 3, 1, 2)))
+        return self.layer_norm2(self.conv2(image))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of [B, C, h, w]."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B, C, h, w] to the same shape."""
+        return super().forward(image.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class PromptEmbeddings(nn.Module):
