@@ -15,7 +15,7 @@ class PhraseArgs:
     default the small model that comes with the repository, which knows synthetic scenes alone."""
     image_path: str
     """An image, a folder of images, or a quoted glob such as 'shots/**/*.jpg'."""
-    prompt: UseAppendAction[tuple[str, ...]]
+    prompt: UseAppendAction[tuple[str, ...]] = ()
     """The phrase; give the option several times for several masks per image."""
     vis_save_path: str = "./infer"
     """Folder for pictures, masks and results.json."""
@@ -48,10 +48,32 @@ class PhraseArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceArgs(PhraseArgs):
-    """Segment images from phrases."""
+    """Segment images from phrases, points or boxes, or everything on them."""
+
+    mode: Literal["text", "point", "box", "all"] | None = None
+    """What is asked of an image; by default what is given. `all` is everything on it. But for text, the model must be a
+    SAM, SAM-2 or EfficientViT-SAM."""
+    point: UseAppendAction[tuple[str, ...]] = ()
+    """x,y,label in pixels of the image; label 1 is on the object, 0 is not. Several points mean one object."""
+    box: UseAppendAction[tuple[str, ...]] = ()
+    """x1,y1,x2,y2 in pixels of the image; give the option several times for several masks."""
+    multimask: FlagCreatePairsOff[bool] = False
+    """Three masks per point or box, from a part to the whole."""
+    points_per_side: int = 32
+    """--mode all: points of the grid along each side."""
+    pred_iou_thresh: float = 0.8
+    """--mode all: least predicted IoU; 0 keeps every mask."""
+    stability_score_thresh: float = 0.85
+    """--mode all: least stability under a change of the threshold; 0 keeps every mask."""
+    box_nms_thresh: float = 0.7
+    """--mode all: masks whose boxes overlap more are one object."""
+    crop_n_layers: int = 0
+    """--mode all: so often the image is cut into 4, 16, ... parts, which are searched too."""
+    min_mask_region_area: int = 100
+    """--mode all: smaller islands go and smaller holes are filled, in pixels; 0 changes nothing."""
 
     save_mask: FlagCreatePairsOff[bool] = False
-    """Also write <stem>_mask.png, 8 bit, 0 and 255."""
+    """Also write <stem>_mask.png, 8 bit, 0 and 255; with --mode all <stem>_labels.png, 16 bit, a number per mask."""
     save_logits: FlagCreatePairsOff[bool] = False
     """Also write <stem>_logits.npy, float32 [H, W] at the image's size."""
     compile: FlagCreatePairsOff[bool] = False

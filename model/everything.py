@@ -20,7 +20,8 @@ from utils.errors import ModelError
 from utils.image import ImageLike, read_image
 from utils.masks import boxes_of_masks, decode_rle, encode_rle
 
-from .predictor import ImagePredictor, to_input
+from .predictor import ImagePredictor
+from .prompts import to_input
 from .types import ImageFeatures, Prompts
 
 EDGE = 20.0

@@ -1,4 +1,4 @@
-"""The work of inference.py: a list of images and phrases to pictures, masks and results.json, resumable."""
+"""The work of inference.py: a list of images and prompts to pictures, masks and results.json, resumable."""
 
 import glob
 import hashlib
@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ from utils.distributed import Ranks
 from utils.errors import ImageError, ModelError, PromptError
 from utils.files import append_line, atomic_path, read_lines, write_json
 from utils.image import IMAGE_SUFFIXES, read_image
-from utils.masks import encode_rle, save_mask
+from utils.masks import save_mask
 from utils.precision import choose_device, choose_dtype
 from utils.tokenizer import PhraseTokenizer, semantic_phrase
-from utils.visualize import overlay, save_picture, with_legend
+from utils.visualize import overlay, save_picture
 
-from .checkpoints.load import fill_model, find_source, resolve
-from .predictor import ImagePredictor, Prediction, build_predictor
+from .checkpoints.load import Source, fill_model, find_source, resolve
+from .predictor import ImagePredictor, build_predictor
 from .quantization import quantize_encoder, require_bitsandbytes
+from .questions import Answer, Question, question_of, require_kind, smallest_on_top
 from .registry import MODEL_TYPES
 
 RESULTS = "results.json"
@@ -49,20 +51,23 @@ def run(args: InferenceArgs) -> int:
     Raises:
         TextSAMError: nothing was written.
     """
+    question = question_of(args)
     check_args(args)
     jobs = find_images(args.image_path)
     ranks = Ranks.from_environment(args.local_rank)
     ranks.join()
     folder = Path(args.vis_save_path)
-    check_outputs(args, jobs, folder)
-    settings = settings_digest(args)
+    writer = Writer(question, folder, args.save_mask, args.save_logits)
+    writer.check(jobs)
+    settings = settings_digest(args, question.settings)
     records = {} if args.overwrite else read_records(folder)
-    todo = [job for job in ranks.share(jobs) if not is_done(records.get(str(job.path)), settings, args, folder, job)]
+    todo = [job for job in ranks.share(jobs) if not writer.is_done(records.get(str(job.path)), settings, job)]
     only = read_image(jobs[0].path, args.max_pixels) if len(jobs) == 1 and todo else None
     failed: list[str] = []
     if todo:
-        predictor = load(args, ranks)
-        failed = _work(args, predictor, todo, folder, settings, ranks, only)
+        predictor = load(args, ranks, question.kind)
+        require_kind(predictor, question, args.version)
+        failed = _work(args, predictor, question, todo, writer, settings, ranks, only)
     ranks.wait_for_all()
     if ranks.is_first:
         merge_records(folder)
@@ -81,12 +86,16 @@ def file_state(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def settings_digest(args: PhraseArgs) -> str:
-    """Return a short text that changes with every option, weight file or phrase that changes the masks."""
+def settings_digest(args: PhraseArgs, asked: Sequence[Any]) -> str:
+    """Return a short text that changes with every option, weight file or prompt that changes the masks.
+
+    Args:
+        asked: what is asked for, for JSON.
+    """
     path = Path(args.version)
     files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
     values = [
-        args.version, args.prompt, args.semantic, args.precision, args.load_in_8bit, args.load_in_4bit,
+        args.version, *asked, args.precision, args.load_in_8bit, args.load_in_4bit,
         args.model_max_length, args.truncate, [(file.name, *file_state(file)) for file in files],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
@@ -95,8 +104,9 @@ def settings_digest(args: PhraseArgs) -> str:
 def _work(
     args: InferenceArgs,
     predictor: ImagePredictor,
+    question: Question,
     todo: list[Job],
-    folder: Path,
+    writer: "Writer",
     settings: str,
     ranks: Ranks,
     only: np.ndarray | None,
@@ -110,13 +120,17 @@ def _work(
     for job in tqdm(todo, unit="image", disable=only is not None or not ranks.is_first):
         try:
             image = read_image(job.path, args.max_pixels) if only is None else only
+            answer = question.ask(predictor, image)
         except ImageError as error:
             failed.append(str(error))
             continue
-        predictor.set_image(image)
-        prediction = predictor.predict(args.prompt, semantic=args.semantic)
-        record = write_outputs(args, job, image, prediction, folder)
-        append_record(folder, ranks.rank, {**record, "settings": settings})
+        except PromptError as error:
+            if only is not None:
+                raise
+            failed.append(f"{job.path}: {error}")
+            continue
+        record = writer.write(job, image, answer)
+        append_record(writer.folder, ranks.rank, {**record, "settings": settings})
     return failed
 
 
@@ -124,33 +138,14 @@ def check_args(args: PhraseArgs) -> None:
     """Refuse options that cannot work before anything is loaded.
 
     Raises:
-        PromptError, ModelError: which one and why.
+        ModelError: which one and why.
     """
-    if not args.prompt:
-        raise PromptError("no phrase. Give at least one: --prompt 'the zebra on the left'")
-    for phrase in args.prompt:
-        if not phrase.strip():
-            raise PromptError(f"empty phrase {phrase!r}. Describe the object: --prompt 'the zebra on the left'")
-    if len(set(args.prompt)) < len(args.prompt):
-        raise PromptError("the same --prompt was given twice. Give each phrase once")
     if args.load_in_8bit and args.load_in_4bit:
         raise ModelError("--load_in_8bit and --load_in_4bit exclude each other. Give one")
     if args.load_in_8bit or args.load_in_4bit:
         require_bitsandbytes("--load_in_8bit" if args.load_in_8bit else "--load_in_4bit")
     if args.model_max_length < 3:
         raise ModelError(f"--model_max_length {args.model_max_length} leaves no room for a phrase. Default: 512")
-
-
-def check_outputs(args: InferenceArgs, jobs: list[Job], folder: Path) -> None:
-    """Refuse a folder that cannot be one, and images whose files would overwrite each other.
-
-    Raises:
-        ModelError, ImageError: which one and why.
-    """
-    check_folder(folder)
-    name, count = Counter(name for job in jobs for name in files_of(args, job)).most_common(1)[0]
-    if count > 1:
-        raise ImageError(f"two images would write the same file {name}. Run them one at a time, to two folders")
 
 
 def check_folder(folder: Path) -> None:
@@ -196,8 +191,11 @@ def find_images(pattern: str) -> list[Job]:
     return [Job(p, stem) for p, stem in zip(paths, stems, strict=True)]
 
 
-def load(args: PhraseArgs, ranks: Ranks) -> ImagePredictor:
+def load(args: PhraseArgs, ranks: Ranks, kind: str = "phrases") -> ImagePredictor:
     """Load what `--version` names; phrases are checked before the weights are read.
+
+    Args:
+        kind: what it will be asked: `phrases`, or something else, which needs no tokenizer.
 
     Raises:
         TextSAMError: the checkpoint cannot be used, or the options do not fit it.
@@ -206,7 +204,7 @@ def load(args: PhraseArgs, ranks: Ranks) -> ImagePredictor:
     dtype = choose_dtype(None if args.precision == "auto" else args.precision, device)
     source = resolve(find_source(args.version))
     config = source.config
-    if config.encoder is None:
+    if config.encoder is None and kind == "phrases":
         raise ModelError(f"{args.version} is {config.name}, which has no phrase encoder. Give an EVF-SAM checkpoint")
     if args.model_type != "auto" and MODEL_TYPES[args.model_type] != config.family:
         stated = next(key for key, family in MODEL_TYPES.items() if family == config.family)
@@ -214,15 +212,9 @@ def load(args: PhraseArgs, ranks: Ranks) -> ImagePredictor:
             f"--model_type {args.model_type} does not fit {args.version}, which is {config.name}. "
             f"Leave the option out, or give {stated}"
         )
-    if args.image_size not in (None, config.encoder.image_size):
+    if config.encoder is not None and args.image_size not in (None, config.encoder.image_size):
         raise ModelError(f"--image_size {args.image_size}: this encoder takes {config.encoder.image_size} only")
-    tokenizer = PhraseTokenizer(
-        source.path,
-        min(args.model_max_length, config.encoder.max_text_tokens),
-        "truncate" if args.truncate else "error",
-    )
-    for phrase in args.prompt:
-        tokenizer.encode(semantic_phrase(phrase) if args.semantic else phrase)
+    tokenizer = _tokenizer(args, source) if kind == "phrases" else None
     bits = 8 if args.load_in_8bit else 4 if args.load_in_4bit else None
     model = fill_model(source, torch.device("cpu") if bits else device, dtype)
     if bits:
@@ -233,64 +225,83 @@ def load(args: PhraseArgs, ranks: Ranks) -> ImagePredictor:
     return predictor
 
 
-def names_of(job: Job, count: int) -> list[str]:
-    """Return how the files of each phrase begin: `<stem>`, or `<stem>_<k>` where there are several."""
-    return [job.stem] if count == 1 else [f"{job.stem}_{k}" for k in range(count)]
-
-
-def files_of(args: InferenceArgs, job: Job) -> list[str]:
-    """Return every file name that an image gets."""
-    kinds = ["vis.png"] + ["mask.png"] * args.save_mask + ["logits.npy"] * args.save_logits
-    names = [f"{name}_{kind}" for name in names_of(job, len(args.prompt)) for kind in kinds]
-    return names + ([f"{job.stem}_vis.png"] if len(args.prompt) > 1 else [])
-
-
-def write_outputs(
-    args: InferenceArgs, job: Job, image: np.ndarray, prediction: Prediction, folder: Path
-) -> dict[str, Any]:
-    """Write the pictures, masks and logits of one image and return its record for results.json."""
-    for k, name in enumerate(names_of(job, len(args.prompt))):
-        save_picture(folder / f"{name}_vis.png", overlay(image, prediction.masks[k : k + 1]))
-        if args.save_mask:
-            save_mask(folder / f"{name}_mask.png", prediction.masks[k])
-        if args.save_logits:
-            with atomic_path(folder / f"{name}_logits.npy") as temporary:
-                np.save(temporary, prediction.logits[k])
-    if len(args.prompt) > 1:
-        rows = enumerate(zip(args.prompt, prediction.scores, prediction.masks, strict=True))
-        texts = [
-            f"{k}: {phrase}  {score:.2f}{'' if mask.any() else ', nothing found'}" for k, (phrase, score, mask) in rows
-        ]
-        save_picture(folder / f"{job.stem}_vis.png", with_legend(overlay(image, prediction.masks), texts))
-    masks = [
-        {
-            "phrase": phrase,
-            "score": round(float(prediction.scores[k]), 6),
-            "box": [round(float(value), 1) for value in prediction.boxes[k]],
-            "area": int(prediction.masks[k].sum()),
-            "segmentation": rle,
-        }
-        for k, (phrase, rle) in enumerate(zip(args.prompt, encode_rle(prediction.masks), strict=True))
-    ]
-    height, width = image.shape[:2]
-    return {
-        "image": str(job.path),
-        "file": file_state(job.path),
-        "stem": job.stem,
-        "height": height,
-        "width": width,
-        "masks": masks,
-    }
-
-
-def is_done(record: dict[str, Any] | None, settings: str, args: InferenceArgs, folder: Path, job: Job) -> bool:
-    """Return whether an earlier run wrote all of this image with the same settings."""
-    return (
-        record is not None
-        and record.get("settings") == settings
-        and record.get("file") == file_state(job.path)
-        and all((folder / name).is_file() for name in files_of(args, job))
+def _tokenizer(args: PhraseArgs, source: Source) -> PhraseTokenizer:
+    """Return the tokenizer of a checkpoint, after a look at every phrase."""
+    encoder = source.config.encoder
+    tokenizer = PhraseTokenizer(
+        source.path,
+        min(args.model_max_length, encoder.max_text_tokens),
+        "truncate" if args.truncate else "error",
     )
+    for phrase in args.prompt:
+        tokenizer.encode(semantic_phrase(phrase) if args.semantic else phrase)
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes the files of an image: pictures, and masks and logits where they are asked for."""
+
+    question: Question
+    folder: Path
+    save_mask: bool
+    save_logits: bool
+
+    def check(self, jobs: list[Job]) -> None:
+        """Refuse a folder that cannot be one, and images whose files would overwrite each other.
+
+        Raises:
+            ModelError, ImageError: which one and why.
+        """
+        check_folder(self.folder)
+        name, count = Counter(name for job in jobs for name in self.files_of(job)).most_common(1)[0]
+        if count > 1:
+            raise ImageError(f"two images would write the same file {name}. Run them one at a time, to two folders")
+
+    def names_of(self, job: Job) -> list[str]:
+        """Return how the files of each mask begin: `<stem>`, or `<stem>_<k>` where there are several."""
+        count = self.question.count
+        return [job.stem] if count == 1 else [f"{job.stem}_{k}" for k in range(count or 0)]
+
+    def files_of(self, job: Job) -> list[str]:
+        """Return every file name that an image gets."""
+        kinds = ["vis.png"] + ["mask.png"] * self.save_mask + ["logits.npy"] * self.save_logits
+        names = [f"{name}_{kind}" for name in self.names_of(job) for kind in kinds]
+        names += [f"{job.stem}_labels.png"] * (self.save_mask and self.question.count is None)
+        return names + ([f"{job.stem}_vis.png"] if self.question.count != 1 else [])
+
+    def write(self, job: Job, image: np.ndarray, answer: Answer) -> dict[str, Any]:
+        """Write the files of one image and return its record for results.json."""
+        for k, name in enumerate(self.names_of(job)):
+            picture = self.question.mark(overlay(image, answer.masks[k : k + 1]), k)
+            save_picture(self.folder / f"{name}_vis.png", picture)
+            if self.save_mask:
+                save_mask(self.folder / f"{name}_mask.png", answer.masks[k])
+            if self.save_logits:
+                with atomic_path(self.folder / f"{name}_logits.npy") as temporary:
+                    np.save(temporary, answer.logits[k])
+        if self.question.count != 1:
+            save_picture(self.folder / f"{job.stem}_vis.png", self.question.picture(image, answer))
+        if self.save_mask and self.question.count is None:
+            save_picture(self.folder / f"{job.stem}_labels.png", smallest_on_top(answer.masks))
+        height, width = image.shape[:2]
+        return {
+            "image": str(job.path),
+            "file": file_state(job.path),
+            "stem": job.stem,
+            "height": height,
+            "width": width,
+            "masks": answer.records,
+        }
+
+    def is_done(self, record: dict[str, Any] | None, settings: str, job: Job) -> bool:
+        """Return whether an earlier run wrote all of this image with the same settings."""
+        return (
+            record is not None
+            and record.get("settings") == settings
+            and record.get("file") == file_state(job.path)
+            and all((self.folder / name).is_file() for name in self.files_of(job))
+        )
 
 
 def _record_files(folder: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from utils.tokenizer import PhraseTokenizer, semantic_phrase
 
 from .checkpoints.load import find_source, load_model
 from .evf import EVFModel
+from .prompts import read_prompts, to_input
 from .types import ImageFeatures, Prompts
 
 MAX_PROMPTS = 32
@@ -26,6 +27,8 @@ MAX_PROMPTS = 32
 @dataclass(frozen=True)
 class Prediction:
     """The masks of N prompts on one image.
+
+    With `multimask` there are three masks per prompt, and every [N, ...] is [N, 3, ...].
 
     * `masks`: bool [N, H, W]; `logits`: float32 [N, H, W], positive where the mask is.
     * `scores`: float32 [N], the predicted IoU: 0..1 for SAM 2, roughly so for SAM and EfficientSAM.
@@ -102,6 +105,7 @@ class ImagePredictor:
         labels: np.ndarray | Sequence | None = None,
         boxes: np.ndarray | Sequence | None = None,
         masks: np.ndarray | Tensor | None = None,
+        multimask: bool = False,
     ) -> Prediction:
         """Predict one mask per phrase, or per set of points, box or mask where there is no phrase.
 
@@ -114,16 +118,22 @@ class ImagePredictor:
             labels: 1 foreground, 0 background, [P] or [N, P]; default all 1.
             boxes: x1 y1 x2 y2 in pixels of the original image, [4] or [N, 4].
             masks: `low_res` logits of an earlier prediction, [4h, 4w] or [N, 4h, 4w].
+            multimask: return three masks per prompt, from a part to the whole: every array of the prediction then has
+                shape [N, 3, ...]. Without it a lone point gets the best of the three, anything else the mask that the
+                family keeps for clear prompts.
 
         Raises:
-            PromptError: no image set, no prompt, an empty or over-long phrase, shapes that do not fit, or a kind of
-                prompt that the segmenter has no weights for.
+            PromptError: no image set, no prompt, an empty or over-long phrase, shapes that do not fit, a point or box
+                outside the image, or a kind of prompt that the segmenter has no weights for.
         """
         if self._image is None:
             raise PromptError("no image set. Call set_image(image) first")
         phrases = self._phrases(phrases, semantic)
-        prompts = self._prompts(points, labels, boxes, masks, len(phrases), self._image.sizes[0])
-        return self._predict(self._image, phrases, [0] * (len(phrases) or _count(prompts)), prompts)[0]
+        size = self._image.sizes[0]
+        given = read_prompts(size, points, labels, boxes, masks, self.prompt_spec.size // 4, len(phrases))
+        prompts = to_input(given, self.prompt_spec, size, self.model)
+        index = [0] * (len(phrases) or len(given))
+        return self._predict(self._image, phrases, index, prompts, multimask)[0]
 
     @torch.inference_mode()
     def predict_batch(
@@ -186,50 +196,11 @@ class ImagePredictor:
             self.tokenizer.encode(phrase)
         return listed
 
-    def _prompts(
-        self,
-        points: np.ndarray | Sequence | None,
-        labels: np.ndarray | Sequence | None,
-        boxes: np.ndarray | Sequence | None,
-        masks: np.ndarray | Tensor | None,
-        phrases: int,
-        size: tuple[int, int],
-    ) -> Prompts:
-        """Return checked prompts in the segmenter's pixels, all with the same count N."""
-        found = {}
-        if points is not None:
-            found["points"] = with_batch(points, (None, 2), "points", "[P, 2] or [N, P, 2]")
-            values = np.ones(found["points"].shape[:2]) if labels is None else labels
-            found["labels"] = with_batch(values, (None,), "labels", "[P] or [N, P]")
-            if found["labels"].shape[1] != found["points"].shape[1]:
-                raise PromptError(f"{found['points'].shape[1]} points, but {found['labels'].shape[1]} labels")
-            if not ((found["labels"] == 0) | (found["labels"] == 1)).all():
-                raise PromptError("labels must be 1 (foreground) or 0 (background)")
-            found["labels"] = found["labels"].long()
-        elif labels is not None:
-            raise PromptError("labels without points. Give points too")
-        if boxes is not None:
-            found["boxes"] = with_batch(boxes, (4,), "boxes", "[4] or [N, 4], x1 y1 x2 y2")
-        if masks is not None:
-            side = self.prompt_spec.size // 4
-            needed = f"[{side}, {side}] or [N, {side}, {side}], the low_res of an earlier prediction"
-            found["masks"] = with_batch(masks, (side, side), "masks", needed)[:, None]
-        if not found:
-            if not phrases:
-                raise PromptError("nothing to look for. Give a phrase, points, a box or a mask")
-            return Prompts()
-        count = max(phrases, *(len(value) for value in found.values()))
-        for name, value in found.items():
-            if len(value) not in (1, count):
-                raise PromptError(f"{len(value)} {name} for {count} prompts. Give one for all, or one each")
-            found[name] = value.expand(count, *value.shape[1:])
-        if phrases not in (0, count):
-            raise PromptError(f"{phrases} phrases for {count} prompts. Give one of each for all, or one each")
-        return to_input(Prompts(**found), self.prompt_spec, size, self.model)
-
     @torch.inference_mode()
-    def _predict(self, images: _Images, phrases: list[str], index: list[int], prompts: Prompts) -> list[Prediction]:
-        model = self.model
+    def _predict(
+        self, images: _Images, phrases: list[str], index: list[int], prompts: Prompts, multimask: bool = False
+    ) -> list[Prediction]:
+        model, choices = self.model, 3 if multimask else 1
         image_index = torch.tensor(index, device=model.device)
         ids = padding = None
         if phrases:
@@ -249,17 +220,24 @@ class ImagePredictor:
                 image_index[part],
                 _slice(prompts, part),
             )
-            logits, iou = output.prediction.chosen(output.selected)
-            for i, masks in enumerate(model.segmenter.postprocess(logits, images.sizes, image_index[part])):
+            found = output.prediction
+            logits, iou = (
+                (found.logits[:, 1:].flatten(0, 1), found.iou[:, 1:].flatten())
+                if multimask
+                else found.chosen(output.selected)
+            )
+            owners = image_index[part].repeat_interleave(choices)
+            for i, masks in enumerate(model.segmenter.postprocess(logits, images.sizes, owners)):
                 full[i].append(self._to_cpu(masks))
             scores.append(iou.float().cpu())
             low_res.append(logits.float().cpu())
-        all_scores, all_low_res, rows = torch.cat(scores).numpy(), torch.cat(low_res).numpy(), np.array(index)
+        all_scores, all_low_res, rows = torch.cat(scores).numpy(), torch.cat(low_res).numpy(), np.repeat(index, choices)
         results = []
         for i in range(len(images.sizes)):
             masks, full_logits, boxes = (_join(parts) for parts in zip(*full[i], strict=True))
             full[i] = []
-            results.append(Prediction(masks, full_logits, all_scores[rows == i], boxes, all_low_res[rows == i]))
+            parts = masks, full_logits, all_scores[rows == i], boxes, all_low_res[rows == i]
+            results.append(Prediction(*(part.reshape(-1, 3, *part.shape[1:]) if multimask else part for part in parts)))
         return results
 
     def _to_cpu(self, logits: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -268,47 +246,8 @@ class ImagePredictor:
         return masks.cpu().numpy(), logits.cpu().numpy(), boxes_of_masks(masks).cpu().numpy()
 
 
-def to_input(prompts: Prompts, spec: ImageSpec, size: tuple[int, int], model: EVFModel) -> Prompts:
-    """Return prompts in the pixels of a network input, on the model's device.
-
-    Args:
-        prompts: in pixels of an image of `size` (H, W), which `spec` prepares.
-    """
-    resized = spec.resized_size(*size)
-    scale = torch.tensor([resized[1] / size[1], resized[0] / size[0]])
-    device = model.device  # positions stay float32 in every precision: bf16 cannot count to 1024
-    return Prompts(
-        None if prompts.points is None else (prompts.points * scale).to(device),
-        None if prompts.labels is None else prompts.labels.to(device),
-        None if prompts.boxes is None else (prompts.boxes * scale.repeat(2)).to(device),
-        None if prompts.masks is None else prompts.masks.to(device, model.dtype),
-    )
-
-
-def with_batch(values: np.ndarray | Sequence | Tensor, shape: tuple[int | None, ...], name: str, needed: str) -> Tensor:
-    """Return finite float32 [N, *shape]; None in `shape` stands for any size."""
-    try:
-        array = values.detach().cpu() if isinstance(values, Tensor) else values
-        tensor = torch.as_tensor(np.asarray(array, dtype=np.float32))
-    except (ValueError, TypeError):
-        raise PromptError(f"{name} are not numbers of one shape; needed {needed}") from None
-    found = list(tensor.shape)
-    if tensor.ndim == len(shape):
-        tensor = tensor[None]
-    fits = tensor.ndim == len(shape) + 1 and all(
-        size in (None, given) for size, given in zip(shape, tensor.shape[1:], strict=True)
-    )
-    if not fits or 0 in tensor.shape or not tensor.isfinite().all():
-        raise PromptError(f"{name} have shape {found}; needed {needed}, finite numbers")
-    return tensor
-
-
 def _join(parts: tuple[np.ndarray, ...]) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _count(prompts: Prompts) -> int:
-    return len(next(getattr(prompts, kind) for kind in prompts.kinds()))
 
 
 def _slice(prompts: Prompts, part: slice) -> Prompts | None:

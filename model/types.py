@@ -82,6 +82,9 @@ class Prompts:
     def __bool__(self) -> bool:
         return any(part is not None for part in (self.points, self.boxes, self.masks))
 
+    def __len__(self) -> int:
+        return len(getattr(self, self.kinds()[0])) if self else 0
+
     def kinds(self) -> list[str]:
         """Return which of `points`, `boxes` and `masks` are given."""
         return [name for name in ("points", "boxes", "masks") if getattr(self, name) is not None]

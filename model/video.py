@@ -15,7 +15,7 @@ from utils.image import ImageLike, read_image
 from utils.tokenizer import PhraseTokenizer
 
 from .evf import EVFModel
-from .predictor import to_input, with_batch
+from .prompts import check_places, read_boxes, read_labels, read_points, to_input
 from .tracker import Found, ObjectMemory, Remembered, Tracker, fill_holes
 from .types import ImageFeatures, Prompts
 
@@ -167,11 +167,9 @@ class VideoPredictor:
             labels: 1 on the object, 0 not, [P]; default all 1.
             frame, object_id, returns, raises: as `add_phrases`.
         """
-        values = with_batch(points, (None, 2), "points", "[P, 2]")
-        marks = with_batch(np.ones(values.shape[:2]) if labels is None else labels, (None,), "labels", "[P]")
-        if marks.shape != values.shape[:2] or not ((marks == 0) | (marks == 1)).all():
-            raise PromptError(f"{values.shape[1]} points need as many labels, 1 (on the object) or 0 (not)")
-        return self._add(frame, object_id, partial(self._read_points, Prompts(points=values, labels=marks.long())))
+        values = read_points(points)
+        marks = read_labels(labels, values)
+        return self._add(frame, object_id, partial(self._read_points, Prompts(points=values, labels=marks)))
 
     def add_box(self, box: np.ndarray | Sequence, frame: int = 0, object_id: int | None = None) -> VideoFrame | None:
         """Draw a box around an object on a frame.
@@ -180,7 +178,7 @@ class VideoPredictor:
             box: x1 y1 x2 y2 in pixels of the frame, [4].
             frame, object_id, returns, raises: as `add_phrases`.
         """
-        values = with_batch(box, (4,), "box", "[4], x1 y1 x2 y2")
+        values = read_boxes(box)
         return self._add(frame, object_id, partial(self._read_points, Prompts(boxes=values)))
 
     def add_mask(self, mask: np.ndarray, frame: int = 0, object_id: int | None = None) -> VideoFrame | None:
@@ -387,6 +385,7 @@ class VideoPredictor:
         frame: int,
     ) -> Found:
         is_single = prompts.boxes is not None or prompts.points.shape[1] > 1
+        check_places(prompts, image.shape[:2])
         placed = to_input(prompts, self.image_spec, image.shape[:2], self.model)
         sparse, _ = self.model.segmenter.encode_prompts(placed)
         sparse = sparse.to(features.embedding.dtype)

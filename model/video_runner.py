@@ -24,6 +24,7 @@ from utils.video_io import FrameFolder, VideoFile, VideoWriter, open_frames
 from utils.visualize import overlay, save_labels, save_picture, with_legend
 
 from .image_runner import RESULTS, check_args, check_folder, file_state, load, settings_digest
+from .questions import check_phrases
 from .video import VideoFrame, VideoPredictor
 
 STATE, LINES = "state.pt", "results.partial.jsonl"
@@ -66,6 +67,7 @@ def run(args: VideoArgs) -> int:
     Raises:
         TextSAMError: a bad option or frame; what was written before stays, and the next run goes on there.
     """
+    check_phrases(args.prompt)
     check_args(args)
     if args.fps is not None and args.fps <= 0:
         raise ModelError(f"--fps {args.fps}: needed is a positive number, or leave it out")
@@ -124,8 +126,8 @@ class _Job:
         self.broken: list[str] = []
         chosen = [file_state(path) for path in getattr(frames.video, "paths", [getattr(frames.video, "path", None)])]
         values = [
-            settings_digest(args), args.image_path, args.frame, args.start, args.end, args.stride,
-            args.reverse, args.redetect, args.fill_holes, chosen,
+            settings_digest(args, [args.prompt, args.semantic]), args.image_path, args.frame, args.start, args.end,
+            args.stride, args.reverse, args.redetect, args.fill_holes, chosen,
         ]  # fmt: skip
         self.settings = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 

@@ -654,21 +654,21 @@ class TestAgain:
     @pytest.mark.parametrize("cut", ["", '{"image": "', "half a caf\u00e9".encode()[:-1]], ids=["clean", "cut", "byte"])
     def test_stopped_run_goes_on(self, options, images, out, monkeypatch, cut):
         whole = change(options, image_path=images)
-        write = image_runner.write_outputs
+        write = image_runner.Writer.write
 
         def stop_at_the_fourth(args, job, *rest):
             if job.stem == "image3":
                 raise KeyboardInterrupt
             return write(args, job, *rest)
 
-        monkeypatch.setattr(image_runner, "write_outputs", stop_at_the_fourth)
+        monkeypatch.setattr(image_runner.Writer, "write", stop_at_the_fourth)
         with pytest.raises(KeyboardInterrupt):
             run(whole)
         assert not (out / "results.json").exists()
         with (out / "results.rank0.jsonl").open("ab") as file:
             file.write(cut if isinstance(cut, bytes) else cut.encode())
         before = tree_times(out)
-        monkeypatch.setattr(image_runner, "write_outputs", write)
+        monkeypatch.setattr(image_runner.Writer, "write", write)
         assert run(whole) == 0
         after = tree_times(out)
         assert all(after[f"image{k}_vis.png"] == before[f"image{k}_vis.png"] for k in range(3))

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from model.predictor import build_predictor, load_predictor
+from model.prompts import read_prompts, to_input
 from utils.errors import ImageError, ModelError, PromptError
 from utils.tokenizer import PhraseTokenizer
 
@@ -137,12 +138,12 @@ BAD = {
     "empty among others": ({"phrases": ["cat", ""]}, "empty phrase"),
     "nothing": ({}, "nothing to look for"),
     "labels alone": ({"phrases": "cat", "labels": [1]}, "labels without points"),
-    "label value": ({"points": [[1, 2]], "labels": [2]}, "labels must be"),
+    "label value": ({"points": [[1, 2]], "labels": [2]}, "labels are 1"),
     "label count": ({"points": [[1, 2]], "labels": [1, 0]}, "1 points, but 2 labels"),
     "box numbers": ({"boxes": [1, 2, 3]}, r"shape \[3\]; needed \[4\]"),
     "point numbers": ({"points": [[1, 2, 3]]}, r"shape \[1, 3\]"),
     "point alone": ({"points": [1]}, r"shape \[1\]"),
-    "label fraction": ({"points": [[1, 2]], "labels": [0.5]}, "labels must be"),
+    "label fraction": ({"points": [[1, 2]], "labels": [0.5]}, "labels are 1"),
     "full-size mask": ({"masks": np.zeros((120, 160))}, r"shape \[120, 160\]; needed \[64, 64\]"),
     "phrase type": ({"phrases": [3]}, "int, needed is text"),
     "box count": ({"phrases": PHRASES, "boxes": [[1, 2, 3, 4]] * 2}, "2 boxes for 3 prompts"),
@@ -214,7 +215,15 @@ def test_points_keep_their_place_in_half_precision(pico_folders, picture):
     predictor = load_predictor(pico_folders["sam2"], device="cpu", dtype=torch.bfloat16)
     predictor.set_image(picture)
     segmenter = predictor.model.segmenter
-    prompts = [predictor._prompts([[x, 100]], None, None, None, 0, (1024, 1024)) for x in (1000, 1001)]
+    prompts = [
+        to_input(
+            read_prompts((1024, 1024), [[x, 100]], None, None, None, 64),
+            predictor.prompt_spec,
+            (1024, 1024),
+            predictor.model,
+        )
+        for x in (1000, 1001)
+    ]
     first, second = (segmenter.encode_prompts(p)[0] for p in prompts)
     assert (first - second).abs().max() > 1e-3
     exact = load_predictor(pico_folders["sam2"], device="cpu").model.segmenter
@@ -226,7 +235,8 @@ def test_points_keep_their_place_in_half_precision(pico_folders, picture):
 def test_points_and_boxes_move_with_the_image(family, moved):
     """Of a 160x120 image in a 256-pixel input: letterboxed by one factor, squared by two."""
     predictor = lively_predictor(family)
-    prompts = predictor._prompts([[80, 60]], None, [80, 60, 160, 120], None, 0, (120, 160))
+    given = read_prompts((120, 160), [[80, 60]], None, [80, 60, 160, 120], None, 64)
+    prompts = to_input(given, predictor.prompt_spec, (120, 160), predictor.model)
     assert prompts.points.tolist() == [[moved[:2]]]
     assert prompts.boxes.tolist() == [moved]
 

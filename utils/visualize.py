@@ -38,6 +38,48 @@ def overlay(image: np.ndarray, masks: np.ndarray, opacity: float = 0.5) -> np.nd
     return picture
 
 
+def label_overlay(image: np.ndarray, labels: np.ndarray, opacity: float = 0.5) -> np.ndarray:
+    """Return a copy of an image with every label in a colour of its own and white lines between them.
+
+    Args:
+        image: uint8 RGB [H, W, 3].
+        labels: uint16 [H, W], 0 where there is none.
+        opacity: of the colour, 0..1.
+    """
+    hues = (np.arange(int(labels.max(initial=0)) + 1) * 0.618034 % 1 * 180).astype(np.uint8)  # golden: far apart
+    bright = np.stack([hues, np.full_like(hues, 190), np.full_like(hues, 235)], axis=1)
+    table = cv2.cvtColor(bright[None], cv2.COLOR_HSV2RGB)[0]
+    is_mask = (labels > 0)[..., None]
+    picture = np.where(is_mask, image * (1 - opacity) + table[labels] * opacity, image).round().astype(np.uint8)
+    wide = cv2.erode(labels, np.ones((3, 3), np.uint8)) != cv2.dilate(labels, np.ones((3, 3), np.uint8))
+    picture[wide] = 255
+    return picture
+
+
+def mark_points(picture: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Return a copy of a picture with points: green where label is 1, red where it is 0.
+
+    Args:
+        points: x y label, [P, 3].
+    """
+    picture = picture.copy()
+    radius = max(3, round(max(picture.shape[:2]) / 120))
+    for x, y, label in points:
+        centre = (round(x), round(y))
+        cv2.circle(picture, centre, radius + max(1, radius // 3), (255, 255, 255), -1, cv2.LINE_AA)
+        cv2.circle(picture, centre, radius, (40, 180, 60) if label else (220, 40, 40), -1, cv2.LINE_AA)
+    return picture
+
+
+def mark_boxes(picture: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Return a copy of a picture with boxes x1 y1 x2 y2, [N, 4], outlined in green."""
+    picture = picture.copy()
+    thickness = max(1, round(max(picture.shape[:2]) / 300))
+    for x1, y1, x2, y2 in boxes.round().astype(int).tolist():
+        cv2.rectangle(picture, (x1, y1), (x2, y2), (40, 180, 60), thickness, cv2.LINE_AA)
+    return picture
+
+
 def colours(count: int) -> np.ndarray:
     """Return uint8 RGB [count, 3]."""
     return PALETTE[np.arange(count) % len(PALETTE)]
@@ -63,7 +105,7 @@ def with_legend(picture: np.ndarray, texts: Sequence[str]) -> np.ndarray:
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
-    """Write uint8 RGB [H, W, 3] as PNG, atomically."""
+    """Write uint8 RGB [H, W, 3], or uint16 [H, W], as PNG, atomically."""
     with atomic_path(path) as temporary:
         Image.fromarray(picture).save(temporary)
 
