@@ -100,6 +100,17 @@ def hub_id(name: str) -> str | None:
     return RELEASED[name][2] if name in RELEASED else None
 
 
+def published_file(name: str) -> Path | None:
+    """Return where the published commands look for the weights of a name, relative to where they run, or None.
+
+    EfficientViT-SAM alone has such a place (mit-han-lab/efficientvit).
+    """
+    config = _table()[name]
+    if config.family != "efficientvit_sam" or config.encoder_name:
+        return None
+    return Path("assets", "checkpoints", "efficientvit_sam", f"{name.replace('-', '_')}.pt")
+
+
 def bundled_folder(name: str) -> Path | None:
     """Return where the weights lie that come with the repository, or None."""
     return Path(__file__).resolve().parents[1] / "assets" / "checkpoints" / name if name in BUNDLED else None

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.checkpoints.files import Checkpoint
-from model.checkpoints.load import EXACT, build_model, load_model, resolve, save_model, save_published
+from model.checkpoints.load import EXACT, build_model, find_source, load_model, resolve, save_model, save_published
 from model.checkpoints.rules import named_tensors
 from model.registry import BUNDLED, list_models, model_config
 from utils.errors import CheckpointError, ModelError
@@ -252,3 +252,16 @@ def test_untrained_model_is_reproducible():
     second = load_model(PICO["sam2"], pretrained=False)
     assert_equal_tensors(named_tensors(first), named_tensors(second))
     assert not torch.equal(named_tensors(first)["projector.fc1.weight"], pico_model("sam2").projector.fc1.weight)
+
+
+def test_published_efficientvit_sam_by_name(tmp_path, monkeypatch):
+    """The published commands keep the files in one place below where they run."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"efficientvit_sam_xl1\.pt, which is not there"):
+        find_source("efficientvit-sam-xl1")
+    file = tmp_path / "assets" / "checkpoints" / "efficientvit_sam" / "efficientvit_sam_xl1.pt"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert find_source("efficientvit-sam-xl1").resolve() == file
+    with pytest.raises(ModelError, match="no published weights"):
+        find_source("evf-efficientvit-sam-xl1-base")

@@ -20,7 +20,7 @@ from utils.tokenizer import find_tokenizer
 
 from ..encoders.beit3 import BEiT3
 from ..evf import EVFModel
-from ..registry import FAMILIES, bundled_folder, find_config, hub_id, list_models, model_config
+from ..registry import FAMILIES, bundled_folder, find_config, hub_id, list_models, model_config, published_file
 from ..segmenters.base import Segmenter
 from . import evf_sam
 from .beit3 import BEIT3, PREFIX
@@ -151,6 +151,12 @@ def find_source(source: str | Path) -> Path:
     if bundled := bundled_folder(name):
         return bundled
     if name in list_models():
+        if file := published_file(name):
+            if not file.is_file():
+                raise CheckpointError(
+                    f"{name} is looked for at {file}, which is not there. Download it, or pass its path"
+                )
+            return file
         repository = hub_id(name)
         if repository is None:
             raise ModelError(
