@@ -5,8 +5,6 @@ python -m benchmarks.inference
 """
 
 import os
-import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,7 +19,7 @@ import torch
 from torch import nn
 from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
-from benchmarks.timing import report, take_turns
+from benchmarks.timing import machine_facts, report, take_turns
 from configs.cli import parse
 from model import load_model, save_model
 from model.checkpoints.evf_sam import SEGMENTERS
@@ -289,16 +287,7 @@ def main() -> int:
         rows += measure_loading(args)
     if "agreement" in questions:
         rows += measure_agreement(device)
-    facts = {
-        "processor": platform.processor() or platform.machine(),
-        "threads": args.threads,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "torch": torch.__version__,
-        "rounds": args.rounds,
-        "minutes": round((time.time() - start) / 60, 1),
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
-    }
-    report(rows, args.output, facts)
+    report(rows, args.output, machine_facts(args, device, start))
     return 0
 
 

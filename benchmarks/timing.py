@@ -1,6 +1,8 @@
 """Timing side by side: candidates take turns, so that a busy machine slows all of them alike."""
 
 import json
+import platform
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,3 +44,21 @@ def report(rows: list[dict[str, Any]], path: Path, facts: dict[str, Any]) -> Non
             print(f"  {row['name']:44} {numbers}{target}")
     write_json(path, {"machine": facts, "rows": rows})
     print(f"\nwritten: {path}\nmachine: {json.dumps(facts)}")
+
+
+def machine_facts(args: Any, device: torch.device, start: float) -> dict[str, Any]:
+    """Return what figures depend on, for `report`.
+
+    Args:
+        args: options with `threads` and `rounds`.
+        start: `time.time()` when the benchmark began.
+    """
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": args.threads,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+        "rounds": args.rounds,
+        "minutes": round((time.time() - start) / 60, 1),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+    }

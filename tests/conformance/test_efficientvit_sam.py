@@ -12,6 +12,7 @@ from model.checkpoints.load import load_model
 from model.checkpoints.rules import Section
 from model.everything import MaskGenerator
 from model.predictor import ImagePredictor
+from model.prompts import read_prompts, to_input
 from model.registry import model_config
 from tests.conformance.support import EFFICIENTVIT, fill_model, golden_tensor, manifest, needs_golden_data
 from utils.image import read_image
@@ -63,18 +64,21 @@ def test_recorded_cases(name, seed):
         for number, stage in enumerate(segmenter.image_encoder.backbone):
             found = stage(found)
             flat = found.flatten()[:: case["stages"][f"stage{number}"]["flat_step"]][:400]
-            assert np.abs(flat.numpy() - arrays[f"feat_stage{number}"]).max() < TOLERANCE
+            recorded = arrays[f"feat_stage{number}"]  # up to 200 in the XL sizes
+            assert np.abs(flat.numpy() - recorded).max() < TOLERANCE * max(1, np.abs(recorded).max())
         predictor.set_image(image)
         embedding = predictor._image.features.embedding[0]
         assert np.abs(embedding[::4, ::4, ::4].numpy() - arrays["embedding_s4"]).max() < TOLERANCE
         assert np.abs(embedding.flatten()[::61].numpy() - arrays["embedding_flat61"]).max() < TOLERANCE
         for kind, prompt in prompts.items():
             size = image.shape[:2]
-            given = predictor._prompts(**asked(prompt, mask), phrases=0, size=size)
-            sparse, dense = segmenter.encode_prompts(given)
+            given = read_prompts(size, **asked(prompt, mask), side=256)
+            sparse, dense = segmenter.encode_prompts(to_input(given, predictor.prompt_spec, size, model))
             if sparse is None:
                 sparse = embedding.new_zeros(1, 0, 256)
             prediction = segmenter.decode(predictor._image.features, sparse, dense)
+            answer = predictor.predict(**asked(prompt, mask), multimask=True)
+            assert np.abs(answer.low_res[0, :, ::7, ::7] - arrays[f"{kind}_multi_low_s7"]).max() < TOLERANCE
             for mode, rows in (("multi", slice(1, 4)), ("single", slice(0, 1))):
                 low, stem = prediction.logits[0, rows], f"{kind}_{mode}"
                 assert np.abs(low[:, ::7, ::7].numpy() - arrays[f"{stem}_low_s7"]).max() < TOLERANCE
@@ -105,8 +109,10 @@ def test_every_small_constant_matters():
     embedding = predictor._image.features.embedding[0]
     assert np.abs(embedding[::4, ::4, ::4].numpy() - arrays["embedding_s4"]).max() < TOLERANCE
     assert np.abs(embedding.flatten()[::61].numpy() - arrays["embedding_flat61"]).max() < TOLERANCE
-    given = predictor._prompts(**asked(prompts[case["prompt"]], mask), phrases=0, size=image.shape[:2])
-    prediction = model.segmenter.decode(predictor._image.features, model.segmenter.encode_prompts(given)[0])
+    size = image.shape[:2]
+    given = read_prompts(size, **asked(prompts[case["prompt"]], mask), side=256)
+    sparse, _ = model.segmenter.encode_prompts(to_input(given, predictor.prompt_spec, size, model))
+    prediction = model.segmenter.decode(predictor._image.features, sparse)
     assert np.abs(prediction.logits[0, 1:, ::7, ::7].numpy() - arrays["low_s7"]).max() < TOLERANCE
     assert np.abs(prediction.iou[0, 1:].numpy() - arrays["iou"]).max() < TOLERANCE
 
