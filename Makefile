@@ -14,7 +14,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest
 
 test-slow: .venv/ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 0
 
 check: .venv/ready
 	$(BIN)/ruff check .
