@@ -4,7 +4,7 @@ import sys
 
 from configs.cli import parse
 from configs.evaluation import EvalArgs
-from utils.errors import TrainingError, run_main
+from utils.errors import run_main
 
 
 def main() -> int:
@@ -13,12 +13,12 @@ def main() -> int:
     args.check()
     from tqdm import tqdm
 
-    from datasets.catalog import expand, open_dataset
     from datasets.collate import Collate
-    from datasets.loading import LOWERCASED, evaluation_batches
+    from datasets.instances import open_instances
+    from datasets.loading import evaluation_batches, open_measured
     from datasets.mixture import spread
     from datasets.videos import is_video_set, open_video_set
-    from model import image_runner
+    from model import image_runner, prompted_runner
     from model.video import VideoPredictor
     from utils.distributed import Ranks
     from utils.evaluation_report import Report, WorstCases, find_empty_pixels
@@ -26,27 +26,17 @@ def main() -> int:
     from utils.video_evaluator import measure
 
     ranks = Ranks.from_environment(args.local_rank)
+    if args.dataset:
+        files = args.annotation_json_file, args.image_root, args.source_json_file
+        return prompted_runner.run(args, open_instances(args.dataset, *files, args.max_pixels), ranks)
     if all(map(is_video_set, args.val_dataset)):
         sets = [open_video_set(name, args.dataset_dir) for name in args.val_dataset]
         image = image_runner.load(args.for_loading(), ranks)
         video = VideoPredictor(image.model, image.tokenizer)
         return measure(video, sets, ranks, args.out, args.settings(image.model.config.name, image.model.dtype))
-    names = [name for text in args.val_dataset for name in expand(text)]
-    if len(set(names)) < len(names):
-        raise TrainingError(f"--val_dataset names a data set twice: {' '.join(names)}. Name each once")
     ranks.join()
     world = (args.reference_world or ranks.world) if args.reference_metric else None
-    datasets = [
-        open_dataset(
-            name,
-            args.dataset_dir,
-            lowercase=name.split("|")[0] in LOWERCASED,
-            overlaps="union" if world is None else "sum",
-            skip_missing=args.skip_missing,
-            max_pixels=args.max_pixels,
-        )
-        for name in names
-    ]
+    datasets = open_measured(args, as_published=world is not None)
     predictor = image_runner.load(args.for_loading(), ranks)
     model = predictor.model
     report = Report(args.out, args.settings(model.config.name, model.dtype), several=len(datasets) > 1)

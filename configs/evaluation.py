@@ -1,6 +1,6 @@
-"""Options of eval.py. The first block is the published command line."""
+"""Options of eval.py. The first block is EVF-SAM's published command line, the last EfficientViT-SAM's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,10 +10,16 @@ from utils.errors import TrainingError
 
 from .inference import InferenceArgs
 
+_OF_PHRASES = (
+    "dataset_dir", "val_dataset", "load_in_8bit", "load_in_4bit", "image_size", "model_max_length", "vis_save_path",
+    "empty_pixels", "skip_missing", "truncate",
+)  # fmt: skip
+_OF_PROMPTS = ("prompt_type", "num_click", "image_root", "annotation_json_file", "source_json_file")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalArgs:
-    """Measure a model on data sets with phrases and masks."""
+    """Measure a model on data sets with phrases and masks, or a segmenter with points and boxes on COCO and LVIS."""
 
     version: str = "nano"
     """Checkpoint: a folder in the published EVF-SAM layout or of ours, a Hugging Face hub id, or a released name; by
@@ -67,13 +73,27 @@ class EvalArgs:
     max_pixels: int = 89_478_485
     """Refuse larger images, before they are decoded."""
 
+    dataset: Literal["coco", "lvis"] | None = None
+    """Measure a segmenter with points or boxes instead of phrases: any SAM, SAM-2 or EfficientViT-SAM model, also that
+    inside an EVF model; --precision auto is fp32 then."""
+    prompt_type: Literal["box", "point", "box_from_detector"] = "box"
+    """The annotated boxes, simulated clicks (both: mean IoU), or the boxes of a detector (average precision)."""
+    num_click: int | None = None
+    """Clicks per object, each where the mask was most wrong so far; by default 1."""
+    image_root: str | None = None
+    """Folder of the images; for LVIS the one above train2017 and val2017."""
+    annotation_json_file: str | None = None
+    """The annotations: instances_val2017.json, lvis_v1_val.json, or your own in one of these formats."""
+    source_json_file: str | None = None
+    """What the detector found: a COCO list of results, with image_id, category_id, bbox and score."""
+
     def check(self) -> None:
         """Refuse options that cannot work, before anything is opened.
 
         Raises:
             TrainingError: which one and why.
         """
-        for name in ("batch_size", "reference_world", "empty_pixels", "max_images", "max_pixels"):
+        for name in ("batch_size", "reference_world", "empty_pixels", "max_images", "max_pixels", "num_click"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise TrainingError(f"--{name} {value}: needed is at least 1")
@@ -89,9 +109,30 @@ class EvalArgs:
             raise TrainingError("--reference_metric is about whole splits. Leave --max_images out")
         if self.reference_metric and self.empty_pixels:
             raise TrainingError("--reference_metric has no --empty_pixels. Leave one of them out")
+        self._check_prompts()
         for path in (Path(self.out), *Path(self.out).parents) if self.out else ():
             if path.exists() and not path.is_dir():
                 raise TrainingError(f"--out {self.out}: {path} is a file. Give a folder")
+
+    def _check_prompts(self) -> None:
+        """Refuse options for phrases beside --dataset, those for points and boxes without, and what is missing."""
+        given = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        for name in given:
+            if self.dataset and name in _OF_PHRASES:
+                raise TrainingError(f"--{name} is for phrases, --dataset for points and boxes. Leave one of them out")
+            if not self.dataset and name in _OF_PROMPTS:
+                raise TrainingError(f"--{name} goes with --dataset coco or --dataset lvis. Give both, or neither")
+        if not self.dataset:
+            return
+        for name in ("annotation_json_file", "image_root"):
+            if name not in given:
+                raise TrainingError(f"--dataset {self.dataset} needs --{name}. Give it")
+        if self.num_click and self.prompt_type != "point":
+            raise TrainingError(f"--num_click goes with --prompt_type point, not {self.prompt_type}. Leave it out")
+        if self.prompt_type == "box_from_detector" and not self.source_json_file:
+            raise TrainingError("--prompt_type box_from_detector needs --source_json_file with the detector's boxes")
+        if self.source_json_file and self.prompt_type != "box_from_detector":
+            raise TrainingError("--source_json_file goes with --prompt_type box_from_detector. Give both, or neither")
 
     def settings(self, model: str, dtype: object) -> dict[str, Any]:
         """Return what the numbers depend on, for metrics.json: not on how many processes or workers there were."""

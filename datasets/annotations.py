@@ -1,5 +1,6 @@
 """Annotation files: JSON read whole or piece by piece, with what every reader checks."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -9,6 +10,7 @@ from utils.errors import DataError
 
 _CHUNK = 1 << 24
 _MAX_ELEMENT = 1 << 28
+_KINDS = {"{": "an object", "[": "a list"}
 
 
 def read_json(path: Path) -> Any:
@@ -34,9 +36,25 @@ def stream_json(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         DataError: no such file, or not a JSON object.
     """
+    with _one_line(path), path.open(encoding="utf-8") as file:
+        yield from _Stream(file.read, path).walk()
+
+
+def stream_list(path: Path) -> Iterator[Any]:
+    """Yield the elements of a JSON array, one by one; see `stream_json`.
+
+    Raises:
+        DataError: no such file, or not a JSON array.
+    """
+    with _one_line(path), path.open(encoding="utf-8") as file:
+        yield from _Stream(file.read, path).all_elements()
+
+
+@contextlib.contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Turn what can go wrong with a file of JSON into a DataError."""
     try:
-        with path.open(encoding="utf-8") as file:
-            yield from _Stream(file.read, path).walk()
+        yield
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}). Check the path and its permissions") from None
     except (ValueError, RecursionError) as error:
@@ -53,7 +71,18 @@ class _Stream:
         self.text, self.at = "", 0
         self.decode = json.JSONDecoder().raw_decode
 
+    def all_elements(self) -> Iterator[Any]:
+        """Yield the elements of a file that is one array."""
+        self.needs("[", "a list")
+        yield from self.elements()
+
+    def needs(self, character: str, kind: str) -> None:
+        found = self.peek()
+        if found != character and found in "{[":
+            raise DataError(f"{self.path} holds {_KINDS[found]}; needed is {kind}. Is it the right file?")
+
     def walk(self) -> Iterator[tuple[str, Any]]:
+        self.needs("{", "an object")
         self.expect("{")
         while self.peek() != "}":
             key = self.value()

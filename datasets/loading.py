@@ -6,9 +6,10 @@ from functools import partial
 
 from torch.utils.data import DataLoader
 
+from configs.evaluation import EvalArgs
 from configs.training import DataArgs, ValidationArgs
 from utils.distributed import Ranks
-from utils.errors import DataError
+from utils.errors import DataError, TrainingError
 from utils.feature_cache import FeatureCache
 from utils.image import ImageSpec
 from utils.tokenizer import PhraseTokenizer
@@ -119,6 +120,31 @@ def _open_videos(args: ValidationArgs, data: DataArgs) -> list[VideoSet]:
         if videos.truth is None:
             raise DataError(f"val.sets: the labels of {videos.name} are hidden. Name a split that has them")
     return sets
+
+
+def open_measured(args: EvalArgs, as_published: bool) -> list[PhraseDataset]:
+    """Open the data sets that `--val_dataset` names.
+
+    Args:
+        as_published: count overlapping polygons as published.
+
+    Raises:
+        DataError: one is unknown, incomplete or damaged. TrainingError: one is named twice.
+    """
+    names = [name for text in args.val_dataset for name in expand(text)]
+    if len(set(names)) < len(names):
+        raise TrainingError(f"--val_dataset names a data set twice: {' '.join(names)}. Name each once")
+    return [
+        open_dataset(
+            name,
+            args.dataset_dir,
+            lowercase=name.split("|")[0] in LOWERCASED,
+            overlaps="sum" if as_published else "union",
+            skip_missing=args.skip_missing,
+            max_pixels=args.max_pixels,
+        )
+        for name in names
+    ]
 
 
 def evaluation_batches(

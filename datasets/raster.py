@@ -52,6 +52,17 @@ def rasterise(
     return masks
 
 
+def encode(parts: Sequence[Part], height: int, width: int, name: Callable[[], str]) -> dict:
+    """Return polygons and encodings of one mask as a single run-length encoding.
+
+    Raises:
+        DataError: one of them is not about this image.
+    """
+    rles = _outlines(parts, height, width, name)
+    merged = rles[0] if len(rles) == 1 else coco_mask.merge(rles)
+    return {"size": [height, width], "counts": merged["counts"].decode("ascii")}
+
+
 def _outlines(parts: Sequence[Part], height: int, width: int, name: Callable[[], str]) -> list[dict]:
     """Return the encodings of the polygons and encodings among the parts of one mask."""
     polygons = [np.frombuffer(part.data) for part in parts if part.kind == POLYGON]

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from configs.inference import InferenceArgs, PhraseArgs
+from configs.schema import ModelConfig
 from utils.distributed import Ranks
 from utils.errors import ImageError, ModelError, PromptError
 from utils.files import append_line, atomic_path, read_lines, write_json
@@ -206,12 +207,7 @@ def load(args: PhraseArgs, ranks: Ranks, kind: str = "phrases") -> ImagePredicto
     config = source.config
     if config.encoder is None and kind == "phrases":
         raise ModelError(f"{args.version} is {config.name}, which has no phrase encoder. Give an EVF-SAM checkpoint")
-    if args.model_type != "auto" and MODEL_TYPES[args.model_type] != config.family:
-        stated = next(key for key, family in MODEL_TYPES.items() if family == config.family)
-        raise ModelError(
-            f"--model_type {args.model_type} does not fit {args.version}, which is {config.name}. "
-            f"Leave the option out, or give {stated}"
-        )
+    check_family(args.model_type, args.version, config)
     if config.encoder is not None and args.image_size not in (None, config.encoder.image_size):
         raise ModelError(f"--image_size {args.image_size}: this encoder takes {config.encoder.image_size} only")
     tokenizer = _tokenizer(args, source) if kind == "phrases" else None
@@ -223,6 +219,20 @@ def load(args: PhraseArgs, ranks: Ranks, kind: str = "phrases") -> ImagePredicto
     if isinstance(args, InferenceArgs) and args.compile:
         model.segmenter.compile_image_encoder()
     return predictor
+
+
+def check_family(model_type: str, version: str, config: ModelConfig) -> None:
+    """Refuse a `--model_type` that is not what the checkpoint says.
+
+    Raises:
+        ModelError: it is not.
+    """
+    if model_type != "auto" and MODEL_TYPES[model_type] != config.family:
+        stated = next(key for key, family in MODEL_TYPES.items() if family == config.family)
+        raise ModelError(
+            f"--model_type {model_type} does not fit {version}, which is {config.name}. "
+            f"Leave the option out, or give {stated}"
+        )
 
 
 def _tokenizer(args: PhraseArgs, source: Source) -> PhraseTokenizer:

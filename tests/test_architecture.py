@@ -124,7 +124,8 @@ def test_the_rules_catch_a_breach():
 
 def test_requirements_are_used():
     """Every runtime requirement is imported somewhere, and every third-party import is a requirement."""
-    names = {"opencv-python": "cv2", "pillow": "PIL", "pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
+    names = {"opencv-python": "cv2", "pillow": "PIL", "pyyaml": "yaml", "huggingface-hub": "huggingface_hub",
+             "faster-coco-eval": "faster_coco_eval"}  # fmt: skip
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     required = {re.split(r"[<>=]", line)[0] for line in lines if line and not line.startswith("#")}
     required = {names.get(name, name) for name in required}

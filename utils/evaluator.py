@@ -165,3 +165,23 @@ def gather(value: Any, ranks: Ranks) -> list[Any]:
         reason = str(error).splitlines()[0]
         raise TrainingError(f"rank {ranks.rank} lost the others ({reason}). See what the first one said") from None
     return values
+
+
+def gather_to_first(value: Any, ranks: Ranks) -> list[Any]:
+    """Return the values of all ranks on the first one, by rank, and nothing on the others: for what is large.
+
+    Raises:
+        TrainingError: another rank stopped.
+    """
+    if ranks.world == 1:
+        return [value]
+    import torch.distributed as dist
+
+    ranks.join()
+    values = [None] * ranks.world if ranks.is_first else None
+    try:
+        dist.gather_object(value, values)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingError(f"rank {ranks.rank} lost the others ({reason}). See what the first one said") from None
+    return values or []
