@@ -41,8 +41,11 @@ class EVFModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating-point type of the segmenter's weights, which is the type its pixels must have."""
-        return next(p.dtype for p in self.segmenter.parameters() if p.is_floating_point())
+        """Floating-point type of the segmenter's image encoder, which is the type its pixels must have."""
+        # not of any weight: what places are coded by stays exact, whatever the others are cast to
+        return next(
+            p.dtype for n, p in self.segmenter.named_parameters() if self.segmenter.part_of(n) == "image_encoder"
+        )
 
     def encode_phrases(
         self,

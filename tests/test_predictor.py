@@ -254,6 +254,17 @@ def test_models_of_one_part(tmp_path, pico_folders, picture):
         sam2.predict("cat")
 
 
+@pytest.mark.parametrize("family", PICO)
+def test_every_family_loads_in_bf16(pico_folders, picture, family):
+    """Also where a tensor that stays float32 comes first."""
+    exact, half = (load_predictor(pico_folders[family], device="cpu", dtype=dtype) for dtype in (None, torch.bfloat16))
+    assert half.model.dtype == torch.bfloat16
+    for predictor in (exact, half):
+        predictor.set_image(picture)
+    masks = [predictor.predict("the cat").masks for predictor in (exact, half)]
+    assert (masks[0] != masks[1]).mean() < 0.05
+
+
 def test_load_predictor(pico_folders, picture):
     predictor = load_predictor(pico_folders["sam2"], device="cpu")
     predictor.set_image(picture)
