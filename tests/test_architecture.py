@@ -145,6 +145,7 @@ def test_third_party_entry_points_survive_our_datasets_folder(tmp_path):
     """`datasets/` shadows Hugging Face datasets: what we use of others must import, with and without that package."""
     code = (
         "import datasets, transformers, timm, torchvision, huggingface_hub, safetensors, pycocotools.mask, cv2, tyro\n"
+        "import faster_coco_eval\n"
         "from transformers import SamModel, Sam2VideoModel\n"
         "from timm.models.vision_transformer import VisionTransformer\n"
         "print(datasets.__file__)"

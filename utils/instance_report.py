@@ -2,14 +2,20 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import cv2
+import numpy as np
 
 from .evaluation_report import METRICS, WORST, Case, draw_sheet
 from .files import atomic_path, write_json
 from .instance_metrics import InstanceResult, SizeMeans, percent
 from .visualize import save_picture
 
+POSITIVE, NEGATIVE, BOX = (40, 220, 60), (230, 40, 40), (255, 220, 0)
+"""Colours of prompts on the sheet."""
 ANNOTATIONS, RESULTS = "annotations.jsonl", "results.json"
 
 
@@ -37,7 +43,7 @@ def write_annotations(
     """
     _write_lines(folder / ANNOTATIONS, (result.to_json() for result in results))
     if cases:
-        save_picture(folder / WORST, draw_sheet(cases, instances))
+        save_picture(folder / WORST, draw_sheet(cases, _WithPrompts(instances, cases)))
     write_json(folder / METRICS, about | means.to_json())
 
 
@@ -52,6 +58,32 @@ def write_detections(
             file.write(("," if n else "") + "\n" + json.dumps({key: result[key] for key in keys}))
         file.write("\n]\n")
     write_json(folder / METRICS, about | found)
+
+
+@dataclass(frozen=True)
+class _WithPrompts:
+    """Loads the images of cases with what was asked drawn on them."""
+
+    instances: Any
+    cases: Sequence[Case]
+
+    def load(self, index: int, chosen: list[int]) -> Any:
+        [result] = [case.result for case in self.cases if case.result.order == (index, *chosen)]
+        sample = self.instances.load(index, chosen)
+        return replace(sample, image=draw_prompt(sample.image, result.prompt))
+
+
+def draw_prompt(image: np.ndarray, prompt: Sequence[Sequence[float]]) -> np.ndarray:
+    """Return a copy of an image with a box or clicks, green where positive; see `InstanceResult.prompt`."""
+    picture, size = np.ascontiguousarray(image).copy(), max(1, max(image.shape[:2]) // 200)
+    if len(prompt[0]) == 2:
+        start, end = ([round(value) for value in corner] for corner in prompt)
+        cv2.rectangle(picture, start, end, BOX, size)
+        return picture
+    for x, y, is_positive in prompt:
+        cv2.circle(picture, (int(x), int(y)), 3 * size, (255, 255, 255), -1, cv2.LINE_AA)
+        cv2.circle(picture, (int(x), int(y)), 2 * size, POSITIVE if is_positive else NEGATIVE, -1, cv2.LINE_AA)
+    return picture
 
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

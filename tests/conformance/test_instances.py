@@ -1,0 +1,80 @@
+"""Points and boxes on COCO and LVIS: the published IoU, sizes and clicks."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from utils.clicks import next_clicks
+from utils.instance_metrics import SIZES, InstanceResult, published_mean_by_size
+from utils.metrics import count_pixels
+
+from .support import EFFICIENTVIT, needs_golden_data
+
+pytestmark = needs_golden_data
+HELPERS = EFFICIENTVIT / "helpers" / "helpers.json"
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return json.loads(HELPERS.read_text())
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    with np.load(HELPERS.with_suffix(".npz")) as found:
+        return dict(found)
+
+
+def unpack(bits, *shape):
+    return np.unpackbits(bits)[: np.prod(shape)].reshape(shape).astype(bool)
+
+
+def result(intersection, union, area=1.0, image=0):
+    return InstanceResult("a", "car", "k", image, 0, intersection, union, 0, 0, 0.5, area)
+
+
+def test_iou(expected, arrays):
+    truth, predicted = (
+        torch.from_numpy(unpack(arrays[name], *expected["iou"]["shape"])) for name in ("iou_a", "iou_b")
+    )
+    counts = count_pixels(predicted, truth.byte()).tolist()
+    for (intersection, union, *_), value in zip(counts, expected["iou"]["values"], strict=True):
+        found = published_mean_by_size([result(intersection, union)], 1, 1)
+        assert 100 * found.means["all"] == pytest.approx(value, abs=1e-12)
+        assert 100 * result(intersection, union).iou == pytest.approx(value, abs=1e-6)
+
+
+def test_sizes(expected):
+    golden, union = expected["size_buckets"], 10**9
+    rows = [result(round(row["iou"] / 100 * union), union, row["area"]) for row in golden["results"]]
+    found = published_mean_by_size(rows, 1, 1)
+    for name in SIZES:
+        assert 100 * found.means[name] == pytest.approx(golden["metric"][name], abs=1e-9)
+    assert {name: found.counts[name] for name in golden["counts"]} == golden["counts"]
+
+
+def test_clicks(expected, arrays):
+    """All recorded masks of a size advance together."""
+    cases = expected["clicks"]
+    assert {(tuple(case["shape"]), case["n_preds"]) for case in cases} == {((60, 80), 5)}
+    truth = np.stack([unpack(arrays[f"click{n}_gt"], 60, 80) for n in range(len(cases))])
+    predicted = np.stack([unpack(arrays[f"click{n}_preds"], 5, 60, 80) for n in range(len(cases))])
+    golden = np.array([case["clicks_x_y_positive"] for case in cases])
+    clicked = np.zeros((len(cases), 0, 2), np.int64)
+    for number in range(5):
+        places, is_positive = next_clicks(truth, predicted[:, number], clicked)
+        assert np.array_equal(places, golden[:, number, :2])
+        assert np.array_equal(is_positive, golden[:, number, 2] == 1)
+        clicked = np.concatenate([clicked, places[:, None]], axis=1)
+
+
+@pytest.mark.parametrize("case", ["clicks_full", "clicks_one"])
+def test_clicks_on_a_mask_that_is_right(expected, case):
+    truth = np.array(expected[case]["gt"], bool)[None]
+    clicked = np.zeros((1, 0, 2), np.int64)
+    for number, golden in enumerate(expected[case]["clicks_x_y_positive"]):
+        places, is_positive = next_clicks(truth, truth if number else np.zeros_like(truth), clicked)
+        assert [*places[0], is_positive[0]] == golden
+        clicked = np.concatenate([clicked, places[:, None]], axis=1)
