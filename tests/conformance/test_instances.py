@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from datasets.instances import InstanceSample, Pack
+from model.predictor import ImagePredictor
+from model.prompted_eval import PromptedEvaluator
 from utils.clicks import next_clicks
 from utils.instance_metrics import SIZES, InstanceResult, published_mean_by_size
 from utils.metrics import count_pixels
 
 from .support import EFFICIENTVIT, needs_golden_data
+from .test_efficientvit_sam import TOLERANCE, golden, inputs
 
 pytestmark = needs_golden_data
 HELPERS = EFFICIENTVIT / "helpers" / "helpers.json"
@@ -74,7 +78,27 @@ def test_clicks(expected, arrays):
 def test_clicks_on_a_mask_that_is_right(expected, case):
     truth = np.array(expected[case]["gt"], bool)[None]
     clicked = np.zeros((1, 0, 2), np.int64)
-    for number, golden in enumerate(expected[case]["clicks_x_y_positive"]):
+    for number, recorded in enumerate(expected[case]["clicks_x_y_positive"]):
         places, is_positive = next_clicks(truth, truth if number else np.zeros_like(truth), clicked)
-        assert [*places[0], is_positive[0]] == golden
+        assert [*places[0], is_positive[0]] == recorded
         clicked = np.concatenate([clicked, places[:, None]], axis=1)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_boxes_of_images_of_several_sizes_together():
+    """The best of the three recorded masks of every image's box: its area and its predicted IoU."""
+    ask = PromptedEvaluator(ImagePredictor(golden("l0", 11), None, "evaluation"), None)
+    samples, expected = [], []
+    for number, path in enumerate(sorted((EFFICIENTVIT / "cases").glob("l0_s11_img_*.json"))):
+        case = json.loads(path.read_text())
+        image, prompts, _ = inputs(case["image"])
+        box, none = np.array([prompts["box"]["box"]]), np.zeros((0, *image.shape[:2]), np.uint8)
+        samples.append(InstanceSample(image, box, none, case["image"], number))
+        expected.append(case["prompts"]["box"]["multi"])
+    answer = ask(Pack(ask.predictor.image_spec)(samples))
+    assert len({mask.shape for mask in answer.masks}) > 1
+    for masks, score, recorded in zip(answer.masks, answer.scores.tolist(), expected, strict=True):
+        best = int(np.argmax(recorded["iou_predictions"]))
+        assert score == pytest.approx(recorded["iou_predictions"][best], abs=TOLERANCE)
+        assert abs(int(masks.sum()) - recorded["areas"][best]) <= max(4, recorded["pixels_within_1e3_of_0"][best])
