@@ -14,7 +14,7 @@ def main() -> int:
     from tqdm import tqdm
 
     from datasets.collate import Collate
-    from datasets.instances import open_instances
+    from datasets.instance_files import open_instances
     from datasets.loading import evaluation_batches, open_measured
     from datasets.mixture import spread
     from datasets.videos import is_video_set, open_video_set

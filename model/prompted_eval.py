@@ -1,6 +1,6 @@
 """Points and boxes on annotated images: the masks a segmenter answers with, counted against what was drawn."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from utils.clicks import next_clicks
 from utils.errors import ModelError, TrainingError
+from utils.evaluation_report import Case
 from utils.evaluator import MAX_LOGITS
-from utils.instance_metrics import InstanceResult
+from utils.instance_metrics import InstanceResult, closest_detections, count_rles
 from utils.masks import encode_rle
 from utils.metrics import count_pixels
 
@@ -19,6 +20,9 @@ from .evf import EVFModel
 from .predictor import MAX_PROMPTS, ImagePredictor, to_input
 from .segmenters.base import best_of_three
 from .types import ImageFeatures, Prompts
+
+PROMPTS_ON_CPU = 4
+"""Prompts decoded in one call on a CPU: what is in between stays in its caches, a third faster than `MAX_PROMPTS`."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,9 @@ class PromptedEvaluator:
     def _predict(self, batch: Any, features: ImageFeatures, prompts: Prompts) -> tuple[list[Tensor], Tensor]:
         """Return masks per image and predicted IoU [N] of prompts in pixels of the images."""
         scaled, low, scores = self._scale(batch, prompts), [], []
-        for start in range(0, len(batch.image_index), MAX_PROMPTS):
-            part = slice(start, start + MAX_PROMPTS)
+        step = PROMPTS_ON_CPU if self.model.device.type == "cpu" else MAX_PROMPTS
+        for start in range(0, len(batch.image_index), step):
+            part = slice(start, start + step)
             sparse, dense = self.segmenter.encode_prompts(_rows(scaled, part))
             prediction = self.segmenter.decode(features, sparse, dense, batch.image_index[part])
             logits, iou = prediction.chosen(best_of_three(prediction))
@@ -236,3 +241,42 @@ def mask_detections(
         if progress:
             progress(len(batch))
     return results
+
+
+def found_annotations(
+    instances: Any, indices: Iterable[int], detections: Mapping[int, Sequence[dict[str, Any]]]
+) -> list[Case]:
+    """Return every annotation that would be asked about, with the detection of its category that overlaps it most.
+
+    Args:
+        detections: place of an image -> what `mask_detections` returned for it.
+    """
+    cases = []
+    for index in indices:
+        found, starts = detections.get(index, ()), instances.detections.starts
+        drawn = instances.encoded(index, instances.asked[index])
+        for place, best in enumerate(closest_detections(drawn, found)):
+            about, truth = instances.asked[index][place], drawn[place]["segmentation"]
+            mask = encode_rle(np.zeros((1, *truth["size"]), bool))[0] if best is None else found[best]["segmentation"]
+            intersection, union, target, predicted = count_rles(truth, mask)
+            corners = [] if best is None else instances.detections.boxes[starts[index] + best].reshape(2, 2).tolist()
+            cases.append(
+                Case(
+                    InstanceResult(
+                        id=str(about.id),
+                        phrase=instances.names[about.category],
+                        key=instances.images[index][1].path,
+                        image=index,
+                        place=place,
+                        intersection=intersection,
+                        union=union,
+                        target=target,
+                        predicted=predicted,
+                        score=0.0 if best is None else found[best]["score"],
+                        area=about.area,
+                        prompt=tuple(map(tuple, corners)),
+                    ),
+                    mask,
+                )
+            )
+    return cases

@@ -21,7 +21,7 @@ from utils.precision import choose_device, choose_dtype
 from .checkpoints.load import fill_model, find_source, resolve
 from .image_runner import check_family
 from .predictor import ImagePredictor
-from .prompted_eval import PromptedEvaluator, mask_detections, measure_annotations, require_prompts
+from .prompted_eval import PromptedEvaluator, found_annotations, mask_detections, measure_annotations, require_prompts
 
 
 def run(args: EvalArgs, instances: Any, ranks: Ranks) -> int:
@@ -101,11 +101,11 @@ class _Work:
         if self._world:
             by_image = in_published_order(by_image, lambda image: image[0], len(self.instances), self._world)
         results = [dict(one) for _, found in by_image for one in found]
-        truth = self.instances.truth(self.indices)
-        found = average_precision(truth, results, self.instances.kind)
+        precision = average_precision(self.instances.truth(self.indices), results, self.instances.kind)
         if self.args.out:
-            write_detections(Path(self.args.out), self._about(), found, results)
-        return f"{self._heading(len(results), 'detections')}\n{precision_text(found)}"
+            asked = found_annotations(self.instances, self.indices, dict(by_image))
+            write_detections(Path(self.args.out), self._about(), precision, results, asked, self.instances.annotated())
+        return f"{self._heading(len(results), 'detections')}\n{precision_text(precision)}"
 
     @contextmanager
     def _batches(self) -> Iterator[tuple[Any, Any]]:

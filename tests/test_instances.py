@@ -14,7 +14,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from datasets.instances import LVIS_DETECTIONS, open_instances
+from datasets.instance_files import LVIS_DETECTIONS, open_instances
 from model.checkpoints.load import load_model, save_model
 from model.predictor import load_predictor, to_input
 from model.types import Prompts
@@ -26,6 +26,8 @@ from utils.errors import DataError, ImageError, ModelError, TextSAMError, Traini
 from utils.instance_metrics import (
     InstanceResult,
     average_precision,
+    closest_detections,
+    count_rles,
     in_published_order,
     mean_by_size,
     published_mean_by_size,
@@ -275,6 +277,31 @@ class TestPrecision:
         assert average_precision(*layouts.copied(truth, []), "coco")["ap"] == 0.0
 
 
+class TestClosest:
+    def one(self, category, *corner):
+        return {"category_id": category, "segmentation": layouts.rle(layouts.box_mask(corner))}
+
+    def test_of_its_category_the_one_that_overlaps_most(self):
+        drawn = [
+            self.one(1, 0, 0, 10, 10),
+            self.one(2, 20, 20, 10, 10),
+            self.one(3, 5, 5, 4, 4),
+            self.one(1, 30, 0, 9, 9),
+        ]
+        found = [
+            self.one(2, 0, 0, 10, 10),
+            self.one(1, 0, 0, 9, 9),
+            self.one(1, 0, 0, 10, 9),
+            self.one(2, 22, 20, 10, 10),
+        ]
+        assert closest_detections(drawn, found) == [2, 3, None, None]
+        assert closest_detections(drawn, []) == [None] * 4
+
+    def test_counts(self):
+        truth, mask = (self.one(1, *corner)["segmentation"] for corner in ((0, 0, 10, 10), (5, 0, 10, 4)))
+        assert count_rles(truth, mask) == (20, 120, 100, 40)
+
+
 class TestReader:
     @pytest.mark.parametrize("kind", ["coco", "lvis"])
     def test_every_kind_of_mask(self, kind, coco, lvis):
@@ -519,7 +546,7 @@ class TestNumbers:
         from model import prompted_eval
 
         run(out=tmp_path / "one", prompt_type="point", num_click=2)
-        monkeypatch.setattr(prompted_eval, "MAX_PROMPTS", 2)
+        monkeypatch.setattr(prompted_eval, "PROMPTS_ON_CPU", 7)
         monkeypatch.setattr(prompted_eval, "MAX_LOGITS", 1)
         run(out=tmp_path / "other", prompt_type="point", num_click=2)
         for row, same in zip(read(tmp_path / "one")[1], read(tmp_path / "other")[1], strict=True):
@@ -589,6 +616,9 @@ class TestDetections:
             assert metrics["ap_common"] is None
             assert "ap_common: n/a" in text
         assert f"ap: {100 * metrics['ap']:.3f}, " in text
+        rows = read(tmp_path / "out")[1]
+        assert all(row["iou"] > 0.98 for row in rows)
+        assert {row["id"]: row["score"] for row in rows}["3"] == pytest.approx(0.25)
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         by_image = sorted(layouts.detections(), key=lambda one: one["image_id"])
         assert [one["score"] for one in results] == [one["score"] for one in by_image], "the detector's, unchanged"
@@ -625,7 +655,7 @@ class TestProcesses:
         assert done.stdout == run(**options, out=tmp_path / "one")
         assert files(tmp_path / "one") == files(tmp_path / "two")
         names = {"point": ["annotations.jsonl", "metrics.json", "worst.png"],
-                 "box_from_detector": ["metrics.json", "results.json"]}  # fmt: skip
+                 "box_from_detector": ["annotations.jsonl", "metrics.json", "results.json", "worst.png"]}  # fmt: skip
         assert sorted(files(tmp_path / "one")) == names[prompt]
 
 

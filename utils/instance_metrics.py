@@ -38,7 +38,8 @@ class InstanceResult(PhraseResult):
     """What was counted for one annotation: as a `PhraseResult` whose phrase is the name of the category.
 
     * `area`: as the annotation states it, in pixels; it decides what is small and large.
-    * `prompt`: a box [[x1, y1], [x2, y2]], or the clicks [[x, y, 1 or 0], ...], 1 for positive.
+    * `prompt`: a box [[x1, y1], [x2, y2]], or the clicks [[x, y, 1 or 0], ...], 1 for positive;
+      empty where no detection comes near.
     """
 
     area: float = 0.0
@@ -151,3 +152,36 @@ def limit_per_image(detections: Sequence[dict[str, Any]], most: int = LVIS_DETEC
     for detection in detections:
         by_image.setdefault(detection["image_id"], []).append(detection)
     return [one for group in by_image.values() for one in sorted(group, key=lambda d: -d["score"])[:most]]
+
+
+def closest_detections(annotations: Sequence[dict[str, Any]], detections: Sequence[dict[str, Any]]) -> list[int | None]:
+    """Return for each annotation of an image which detection of its category overlaps it most, None where none does.
+
+    Args:
+        annotations: with `category_id` and `segmentation`, compressed RLE.
+        detections: likewise, of the same image.
+    """
+    from pycocotools import mask as coco_mask
+
+    found: list[int | None] = [None] * len(annotations)
+    for category in {one["category_id"] for one in annotations}:
+        rows, own = (
+            [n for n, one in enumerate(some) if one["category_id"] == category] for some in (annotations, detections)
+        )
+        if own:
+            masks = [detections[n]["segmentation"] for n in own], [annotations[n]["segmentation"] for n in rows]
+            as_bytes = ([{**rle, "counts": rle["counts"].encode("ascii")} for rle in some] for some in masks)
+            overlaps = coco_mask.iou(*as_bytes, [0] * len(rows))
+            for n, best, overlap in zip(rows, overlaps.argmax(0), overlaps.max(0), strict=True):
+                found[n] = own[best] if overlap > 0 else None
+    return found
+
+
+def count_rles(truth: dict[str, Any], mask: dict[str, Any]) -> tuple[int, int, int, int]:
+    """Count pixels of two compressed RLEs as `count_pixels` does: intersection, union, target, prediction."""
+    from pycocotools import mask as coco_mask
+
+    pair = [{**rle, "counts": rle["counts"].encode("ascii")} for rle in (truth, mask)]
+    target, predicted = (int(area) for area in coco_mask.area(pair))
+    intersection = int(coco_mask.area(coco_mask.merge(pair, intersect=True)))
+    return intersection, target + predicted - intersection, target, predicted

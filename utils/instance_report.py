@@ -9,7 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from .evaluation_report import METRICS, WORST, Case, draw_sheet
+from .evaluation_report import METRICS, WORST, Case, WorstCases, draw_sheet
 from .files import atomic_path, write_json
 from .instance_metrics import InstanceResult, SizeMeans, percent
 from .visualize import save_picture
@@ -48,9 +48,20 @@ def write_annotations(
 
 
 def write_detections(
-    folder: Path, about: dict[str, Any], found: dict[str, float | None], results: Iterable[dict[str, Any]]
-) -> None:
-    """Write metrics.json, and results.json as COCO's and LVIS's servers take it."""
+    folder: Path, about: dict[str, Any], found: dict[str, float | None], results: Iterable[dict[str, Any]],
+    cases: Sequence[Case], instances: Any,
+) -> None:  # fmt: skip
+    """Write metrics.json, results.json as COCO's and LVIS's servers take it, and what became of each annotation.
+
+    Args:
+        found: average precision.
+        cases: every annotation with the detection that is closest to it.
+        instances: the `datasets.instances.InstanceSet` without its detections, for the pictures.
+    """
+    worst = WorstCases.join([cases])
+    _write_lines(folder / ANNOTATIONS, (case.result.to_json() for case in cases))
+    if worst:
+        save_picture(folder / WORST, draw_sheet(worst, _WithPrompts(instances, worst)))
     keys = ("image_id", "category_id", "score", "segmentation")
     with atomic_path(folder / RESULTS) as temporary, temporary.open("w", encoding="ascii") as file:
         file.write("[")
@@ -76,6 +87,8 @@ class _WithPrompts:
 def draw_prompt(image: np.ndarray, prompt: Sequence[Sequence[float]]) -> np.ndarray:
     """Return a copy of an image with a box or clicks, green where positive; see `InstanceResult.prompt`."""
     picture, size = np.ascontiguousarray(image).copy(), max(1, max(image.shape[:2]) // 200)
+    if not prompt:
+        return picture
     if len(prompt[0]) == 2:
         start, end = ([round(value) for value in corner] for corner in prompt)
         cv2.rectangle(picture, start, end, BOX, size)
