@@ -3,16 +3,29 @@
 Values marked "ours" were never published for EVF-SAM; the others are from its paper (arXiv 2406.20076, section 4.2).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from tyro.conf import FlagCreatePairsOff
 
 from utils.errors import TrainingError
 
+from .segmenter_training import DistillArgs, PromptArgs
+
 MAX_SEED = 2**63
 OUR_TERMS = ("pointing", "contrast", "prompt", "regions", "iou", "presence")
 CLIP_TERMS = {"bce", "dice", "iou", "presence"}
+PROMPT_TERMS = {"bce", "dice", "iou"}
+DISTILL_TERMS = {"mse": 1.0, "relative": 0.0, "cosine": 0.0}
+"""What is reported of a distillation; the first is what is minimised."""
+
+READ_WITHOUT_PHRASES = {
+    "model": {"name", "checkpoint", "segmenter_checkpoint"},
+    "data": {"root", "sets", "batch_size", "workers", "flip", "feature_cache", "held_out", "shard_index", "max_pixels"},
+}
+"""The options that a training without phrases knows."""
+
+Kind = Literal["phrases", "clips", "distill", "prompts"]
 
 
 def _require(condition: bool, text: str) -> None:
@@ -105,6 +118,11 @@ class DataArgs:
     it does not know (0 to 1): an encoder that starts from random weights learns to pass over them. Ours."""
     feature_cache: str | None = None
     """Folder that keeps the image features (bf16) of a frozen image encoder: later epochs read them."""
+    held_out: float = 0.01
+    """Share of the images that are measured instead of trained on, for training without phrases where no val.sets are
+    given (0 to 0.5). Published: the last 1%."""
+    shard_index: str | None = None
+    """Folder that keeps where the files of .tar shards lie in them: a later start need not look. Ours."""
     skip_missing: bool = False
     """Leave out images whose files are absent, and say how many, instead of stopping."""
     max_pixels: int = 89_478_485
@@ -123,6 +141,7 @@ class DataArgs:
             self.clip_frames == 0 or self.clip_frames >= 2,
             f"data.clip_frames {self.clip_frames}: needed is 0 (images) or at least 2",
         )
+        _require(0 <= self.held_out <= 0.5, f"data.held_out {self.held_out}: needed is a share from 0 to 0.5")
         for name in ("phrases_per_image", "batch_size", "clip_stride"):
             value = getattr(self, name)
             _require(value >= 1, f"data.{name} {value}: needed is at least 1")
@@ -197,7 +216,9 @@ class OptimArgs:
     betas: tuple[float, float] = (0.9, 0.999)
     """Ours."""
     weight_decay: float = 0.0
-    """Ours; of matrices only."""
+    """Ours; of matrices only, see `decay`."""
+    decay: Literal["matrices", "names"] = "matrices"
+    """What decays: matrices only, or all but what the published checkpoint calls norm or bias, as EfficientViT-SAM."""
     warmup: int = 100
     """Steps over which the learning rate rises. Ours."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -206,6 +227,8 @@ class OptimArgs:
     """Images of one optimizer step over all processes; by default batch_size times processes. More is accumulated."""
     clip: float = 1.0
     """Largest gradient norm; 0 leaves gradients as they are. Ours."""
+    clip_value: float = 0.0
+    """Largest value of any gradient, as EfficientViT-SAM clips; 0 leaves gradients as they are."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the arithmetic; trained weights stay in fp32."""
 
@@ -219,7 +242,7 @@ class OptimArgs:
             self.global_batch is None or self.global_batch >= 1,
             f"optim.global_batch {self.global_batch}: needed is at least 1",
         )
-        for name in ("warmup", "weight_decay", "clip"):
+        for name in ("warmup", "weight_decay", "clip", "clip_value"):
             value = getattr(self, name)
             _require(value >= 0, f"optim.{name} {value}: needed is 0 or more")
 
@@ -279,18 +302,62 @@ class TrainConfig:
     optim: OptimArgs = field(default_factory=OptimArgs)
     val: ValidationArgs = field(default_factory=ValidationArgs)
     run: RunArgs = field(default_factory=RunArgs)
+    distill: DistillArgs = field(default_factory=DistillArgs)
+    prompts: PromptArgs = field(default_factory=PromptArgs)
     dry_run: FlagCreatePairsOff[bool] = False
     """Build everything, print what trains and on what, and stop before the first step."""
 
+    @property
+    def kind(self) -> Kind:
+        """What is trained on: phrases of images, of clips, the embedding of a teacher, or masks of boxes and points."""
+        if self.distill.teacher:
+            return "distill"
+        return "prompts" if self.prompts.masks else "clips" if self.data.clip_frames else "phrases"
+
+    def terms(self) -> dict[str, float]:
+        """Return the weight of each column of what is minimised, by name; a weight of 0 is reported alone."""
+        return DISTILL_TERMS if self.kind == "distill" else self.loss.terms()
+
     def __post_init__(self) -> None:
-        terms = set(self.loss.terms())
-        if not self.data.clip_frames:
-            _require("presence" not in terms, "loss.presence is for clips. Set data.clip_frames, or leave it out")
+        terms, kind = set(self.loss.terms()), self.kind
+        _require(
+            kind == "clips" or "presence" not in terms,
+            "loss.presence is for clips. Set data.clip_frames, or leave it out",
+        )
+        self._refuse_other_kinds()
+        if kind == "clips":
+            wrong = sorted(terms - CLIP_TERMS)
+            _require(not wrong, f"loss.{' and loss.'.join(wrong)}: clips know {', '.join(sorted(CLIP_TERMS))} alone")
+            for name in ("flip", "stray_words", "feature_cache"):
+                _require(not getattr(self.data, name), f"data.{name} is for images. Leave it out, or data.clip_frames")
+        if kind == "prompts":
+            wrong = sorted(terms - PROMPT_TERMS)
+            _require(not wrong, f"loss.{' and loss.'.join(wrong)}: boxes and points know bce, dice and iou alone")
+            _require(self.loss.needs_masks and self.loss.points > 0, "loss.points 0: boxes and points need 12544 or so")
+            _require(not self.data.feature_cache, "data.feature_cache needs a frozen image encoder; prompts train it")
+
+    def _refuse_other_kinds(self) -> None:
+        """Refuse options that the kind of training would not read."""
+        asked = {
+            "distill.teacher": bool(self.distill.teacher),
+            "prompts.masks": self.prompts.masks > 0,
+            "data.clip_frames": self.data.clip_frames > 0,
+        }
+        names = [name for name, is_set in asked.items() if is_set]
+        _require(len(names) < 2, f"{' and '.join(names)} ask for different trainings. Give one of them")
+        if self.kind not in ("distill", "prompts"):
             return
-        wrong = sorted(terms - CLIP_TERMS)
-        _require(not wrong, f"loss.{' and loss.'.join(wrong)}: clips know {', '.join(sorted(CLIP_TERMS))} alone")
-        for name in ("flip", "stray_words", "feature_cache"):
-            _require(not getattr(self.data, name), f"data.{name} is for images. Leave it out, or data.clip_frames")
+        for group, read in READ_WITHOUT_PHRASES.items():
+            options, default = getattr(self, group), type(getattr(self, group))()
+            wrong = [f.name for f in fields(options) if getattr(options, f.name) != getattr(default, f.name)]
+            wrong = [f"{group}.{name}" for name in wrong if name not in read]
+            _require(
+                not wrong, f"{' and '.join(wrong)}: not read where {names[0]} is given. Leave out one or the other"
+            )
+        if self.kind == "distill":
+            _require(
+                self.loss == LossArgs(), "loss is of masks; a distillation minimises the squared error. Leave it out"
+            )
 
 
 def accumulation(data: DataArgs, optim: OptimArgs, world: int) -> int:

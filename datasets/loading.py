@@ -3,20 +3,19 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch.utils.data import DataLoader
 
 from configs.evaluation import EvalArgs
-from configs.training import DataArgs, ValidationArgs
+from configs.training import DataArgs, TrainConfig, ValidationArgs
 from utils.distributed import Ranks
 from utils.errors import DataError, TrainingError
-from utils.feature_cache import FeatureCache
-from utils.image import ImageSpec
-from utils.tokenizer import PhraseTokenizer
 
 from .catalog import expand, open_dataset
 from .clips import ClipCollate, ClipMixture
 from .collate import Collate
+from .images import ImageCollate, Stream, open_image_stream
 from .mixture import (
     ErrorsAsValues,
     Group,
@@ -28,7 +27,6 @@ from .mixture import (
     spread,
     training_steps,
 )
-from .reader import PhraseDataset
 from .sample import Batch
 from .transforms import HorizontalFlip, StrayWords, unused_words
 from .videos import VideoSet, open_video_set
@@ -37,12 +35,15 @@ LOWERCASED = frozenset({"refclef", "refcoco", "refcoco+", "refcocog", "grefcoco"
 """Families whose phrases the published evaluation lower-cases."""
 
 
-def open_mixture(args: DataArgs, seed: int) -> Mixture | ClipMixture:
+def open_mixture(config: TrainConfig) -> Mixture | ClipMixture | Stream:
     """Open every training set.
 
     Raises:
         DataError: one is unknown, incomplete or damaged.
     """
+    args, seed = config.data, config.run.seed
+    if config.kind == "distill":
+        return open_image_stream(config)
     if args.clip_frames:
         videos = [open_video_set(name, args.root) for text in args.sets for name in text.split(",")]
         return ClipMixture(videos, args.clip_frames, args.phrases_per_image, args.clip_stride, args.clip_start, seed)
@@ -56,18 +57,22 @@ def open_mixture(args: DataArgs, seed: int) -> Mixture | ClipMixture:
     return Mixture(groups, args.phrases_per_image, args.sampling, seed, flip)
 
 
-def open_collate(
-    args: DataArgs, spec: ImageSpec, encoder_spec: ImageSpec, tokenizer: PhraseTokenizer, cache: FeatureCache | None
-) -> Collate | ClipCollate:
-    """Return what packs samples of the training sets."""
-    if args.clip_frames:
-        return ClipCollate(spec, encoder_spec, tokenizer)
-    return Collate(spec, encoder_spec, tokenizer, cache)
+def open_collate(config: TrainConfig, task: Any) -> Callable[[Sequence[Any]], Any]:
+    """Return what packs samples of the training sets.
+
+    Args:
+        task: a `model.tasks.Task`, which says how images and phrases are read.
+    """
+    if config.kind == "distill":
+        return ImageCollate(task.spec, task.other_spec, task.cache)
+    if config.kind == "clips":
+        return ClipCollate(task.spec, task.other_spec, task.tokenizer)
+    return Collate(task.spec, task.other_spec, task.tokenizer, task.cache)
 
 
 def training_batches(
-    mixture: Mixture | ClipMixture,
-    collate: Collate | ClipCollate,
+    mixture: Mixture | ClipMixture | Stream,
+    collate: Callable[[Sequence[Any]], Any],
     args: DataArgs,
     ranks: Ranks,
     forwards: int,
@@ -89,18 +94,30 @@ def training_batches(
 class ValidationSet:
     """A data set, and what begins a pass over this rank's batches of it."""
 
-    dataset: PhraseDataset
-    batches: Callable[[], Iterator[Batch]]
+    dataset: Any
+    batches: Callable[[], Iterator[Any]]
 
 
 def open_validation(
-    args: ValidationArgs, data: DataArgs, collate: Collate | ClipCollate, ranks: Ranks
+    config: TrainConfig, mixture: Mixture | ClipMixture | Stream, collate: Callable[[Sequence[Any]], Any], ranks: Ranks
 ) -> dict[str, ValidationSet] | list[VideoSet]:
     """Open the sets that are measured while training, by name; where clips are trained on, a list of video sets.
+
+    Args:
+        mixture: what is trained on; without phrases, it may have held out images to measure.
 
     Raises:
         DataError: one is unknown, incomplete or damaged, or its labels are hidden.
     """
+    args, data = config.val, config.data
+    if isinstance(mixture, Stream):
+        return {
+            items.name: ValidationSet(
+                items,
+                partial(evaluation_batches, items, collate, range(len(items)), args.batch_size, ranks, data.workers),
+            )
+            for items in mixture.measured
+        }
     if data.clip_frames:
         return _open_videos(args, data)
     sets = {}
@@ -148,8 +165,13 @@ def open_measured(args: EvalArgs, as_published: bool) -> list[PhraseDataset]:
 
 
 def evaluation_batches(
-    dataset: PhraseDataset, collate: Collate, indices: Sequence[int], batch_size: int, ranks: Ranks, workers: int
-) -> Iterator[Batch]:
+    dataset: Any,
+    collate: Callable[[Sequence[Any]], Any],
+    indices: Sequence[int],
+    batch_size: int,
+    ranks: Ranks,
+    workers: int,
+) -> Iterator[Any]:
     """Yield this rank's share of the batches of a pass.
 
     Batches are cut from the order of all images before ranks share them, so a batch is the same on any number of ranks.

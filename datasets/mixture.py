@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -202,16 +203,16 @@ def leave_stopping_to_parent(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class ErrorsAsValues(Dataset[Sample | TextSAMError]):
+class ErrorsAsValues(Dataset):
     """A data set that returns what is wrong with a sample instead of raising it in a worker."""
 
-    def __init__(self, dataset: PhraseDataset) -> None:
+    def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Sample | TextSAMError:
+    def __getitem__(self, index: int) -> Any:
         try:
             return self.dataset.load(index)
         except TextSAMError as error:

@@ -1,8 +1,11 @@
 """What is trained and what stays: by part, as published, and without the weights that no gradient reaches."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from configs.training import LossArgs, ModelArgs
 from utils.errors import TrainingError
@@ -76,19 +79,41 @@ def leave_out_idle(model: EVFModel, loss: LossArgs = DEFAULT_LOSS, clip_frames: 
 
     The last encoder layer computes one vector, so its text half is idle; so are the mask token and,
     unless the loss has a term for it, the IoU head. A loss without masks leaves out the whole segmenter.
+    """
+    return leave_out_unreached(model, partial(_run_all, loss=loss, clip_frames=clip_frames))
+
+
+def leave_out_unreached(model: EVFModel, run: Callable[[EVFModel], Iterable[Tensor]]) -> Probe:
+    """Take `requires_grad` from parameters that no gradient of what `run` returns can reach; return what was found.
+
     A copy of the model without storage finds them: one forward and backward of shapes alone.
+
+    Args:
+        run: a model on the meta device -> the tensors that a loss reads.
     """
     with torch.device("meta"):
         shapes = build_model(model.config)
-        encoder, segmenter = shapes.encoder.image_spec.size, shapes.segmenter.image_spec.size
-        pixels, small = torch.empty(1, 3, segmenter, segmenter), torch.empty(1, 3, encoder, encoder)
-        ids = torch.empty(1, 4, dtype=torch.long)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in shapes.named_parameters():
         parameter.requires_grad_(name in names)
     called: set[str] = set()
     for name, module in shapes.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    sum(tensor.sum() for tensor in run(shapes)).backward()
+    outside = [name for name, _ in shapes.named_parameters() if name.rpartition(".")[0] not in called]
+    reached = {name for name, parameter in shapes.named_parameters() if parameter.grad is not None}
+    idle = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in reached}
+    for parameter in idle.values():
+        parameter.requires_grad_(False)
+    return Probe({name: parameter.numel() for name, parameter in idle.items()}, outside)
+
+
+def _run_all(shapes: EVFModel, loss: LossArgs, clip_frames: int) -> list[Tensor]:
+    """Return what a loss of phrases reads."""
+    with torch.device("meta"):
+        encoder, segmenter = shapes.encoder.image_spec.size, shapes.segmenter.image_spec.size
+        pixels, small = torch.empty(1, 3, segmenter, segmenter), torch.empty(1, 3, encoder, encoder)
+        ids = torch.empty(1, 4, dtype=torch.long)
     said, read = EncoderOutput(None), []
     if clip_frames:
         frames = min(clip_frames, PROBED_FRAMES)
@@ -106,13 +131,7 @@ def leave_out_idle(model: EVFModel, loss: LossArgs = DEFAULT_LOSS, clip_frames: 
         segmenter = shapes.segmenter
         prompt = torch.empty(1, 1, PROMPT_WIDTH, device="meta")
         read.append(segmenter.decode(segmenter.encode_image(pixels), prompt).logits)
-    sum(tensor.sum() for tensor in (*read, said.fit, said.patches, said.words) if tensor is not None).backward()
-    outside = [name for name, _ in shapes.named_parameters() if name.rpartition(".")[0] not in called]
-    reached = {name for name, parameter in shapes.named_parameters() if parameter.grad is not None}
-    idle = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in reached}
-    for parameter in idle.values():
-        parameter.requires_grad_(False)
-    return Probe({name: parameter.numel() for name, parameter in idle.items()}, outside)
+    return [tensor for tensor in (*read, said.fit, said.patches, said.words) if tensor is not None]
 
 
 def part_of(model: EVFModel, name: str) -> str:

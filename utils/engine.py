@@ -37,7 +37,7 @@ class OptimizerSettings:
     """AdamW of some groups of parameters.
 
     * `groups`: of `torch.optim.AdamW`, each with `params`, `lr` and `weight_decay`.
-    * `clip`: largest norm of all gradients; 0 leaves them.
+    * `clip`: largest norm of all gradients; `clip_value`: largest value of any; 0 leaves them.
     * `forwards`: how many forwards one update adds up; `images`: of one forward of one process.
     """
 
@@ -47,6 +47,7 @@ class OptimizerSettings:
     precision: str
     forwards: int = 1
     images: int = 1
+    clip_value: float = 0.0
 
     def adamw(self, fused: bool) -> torch.optim.AdamW:
         """Return the optimizer; each group remembers its own learning rate as `base_lr`."""
@@ -135,7 +136,7 @@ class AccelerateEngine(Engine):
             raise TrainingError("optim.precision fp16 needs a GPU. Set bf16 or fp32")
         if settings.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
             raise TrainingError("this GPU has no bf16. Set optim.precision fp16 or fp32")
-        self.module, self.clip = module, settings.clip
+        self.module, self.settings = module, settings
         self.accelerator = Accelerator(
             mixed_precision="no" if settings.precision == "fp32" else settings.precision,
             cpu=device.type == "cpu",
@@ -158,7 +159,7 @@ class AccelerateEngine(Engine):
         """Step; see `Engine.update`."""
         self._set_rates(factor)
         self.accelerator.unscale_gradients(self._optimizer)
-        norm = _clip(self.optimizer, self.clip)
+        norm = _clip(self.optimizer, self.settings)
         if math.isfinite(norm) or self.accelerator.scaler is not None:
             self._optimizer.step()  # a gradient scaler leaves the step out by itself, and then lowers its scale
         self._optimizer.zero_grad()
@@ -220,7 +221,7 @@ class ShardedEngine(Engine):
     def update(self, factor: float) -> float:
         """Step; see `Engine.update`."""
         self._set_rates(factor)
-        norm = _clip(self.optimizer, self.settings.clip)
+        norm = _clip(self.optimizer, self.settings)
         if math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -271,6 +272,8 @@ class DeepSpeedEngine(Engine):
 
         if settings.precision == "fp16":
             raise TrainingError("strategy zero takes fp32 or bf16: fp16 needs ddp. Set optim.precision bf16")
+        if settings.clip_value:
+            raise TrainingError("strategy zero clips by norm alone: optim.clip_value needs ddp or fsdp")
         filled = {
             "train_micro_batch_size_per_gpu": settings.images,
             "gradient_accumulation_steps": settings.forwards,
@@ -366,10 +369,12 @@ class DeepSpeedEngine(Engine):
             self._engine.load_checkpoint(str(folder), tag="zero")
 
 
-def _clip(optimizer: torch.optim.Optimizer, clip: float) -> float:
-    """Return the norm of all gradients, and scale them down where it is above `clip` (0: never)."""
+def _clip(optimizer: torch.optim.Optimizer, settings: OptimizerSettings) -> float:
+    """Return the norm of all gradients; scale them down where it is above `clip`, cut off what is over `clip_value`."""
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(trained, clip or math.inf)
+    norm = nn.utils.clip_grad_norm_(trained, settings.clip or math.inf)
+    if settings.clip_value:
+        nn.utils.clip_grad_value_(trained, settings.clip_value)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return float(norm)
 

@@ -75,14 +75,14 @@ class Trainer:
     What is random in a forward depends on the seed, the step and the rank alone, so a checkpoint needs no random state.
 
     Args:
-        config: a `configs.training.TrainConfig`; its `optim`, `loss`, `val` and `run` are read.
+        config: a `configs.training.TrainConfig`; its `optim`, `terms`, `val` and `run` are read.
     """
 
     def __init__(self, engine: Engine, config: Any, hooks: Hooks, folder: RunFolder, ranks: Ranks) -> None:
         self.engine, self.config, self.hooks, self.folder, self.ranks = engine, config, hooks, folder, ranks
         optim = config.optim
         self.schedule = Schedule(optim.schedule, optim.warmup, optim.steps)
-        self.step, self.best, self._skipped = 0, -1.0, 0
+        self.step, self.best, self._skipped = 0, -math.inf, 0
         self._is_stopping = False
 
     def resume(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
@@ -158,7 +158,7 @@ class Trainer:
 
     def _step(self, batches: Sequence[Any]) -> tuple[dict[str, float], float, bool]:
         """Do one optimizer step; return what to log, the phrases of all ranks, and whether to stop."""
-        terms, world = self.config.loss.terms(), self.ranks.world
+        terms, world = self.config.terms(), self.ranks.world
         torch.manual_seed(((self.config.run.seed * 1_000_003 + self.step) * 4099 + self.ranks.rank) % 2**63)
         batches = [batch.to(self.engine.device) for batch in batches]
         phrases = self._sum([sum(len(batch.phrases) for batch in batches)])[0]
@@ -210,7 +210,7 @@ class Trainer:
                 "step": self.step,
                 "images": [key for batch in batches for key in batch.keys],
                 "phrases": [
-                    {"phrase": phrase, "id": name} | dict(zip(self.config.loss.terms(), row, strict=True))
+                    {"phrase": phrase, "id": name} | dict(zip(self.config.terms(), row, strict=True))
                     for (phrase, name), row in zip(names, rows, strict=True)
                 ],
             },

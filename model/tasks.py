@@ -1,0 +1,158 @@
+"""The kinds of training as train.py needs them: one object for phrases, clips, distillation, or boxes and points."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.training import ModelArgs, TrainConfig
+from utils.distributed import Ranks
+from utils.embedding_validation import EmbeddingValidation
+from utils.errors import TrainingError
+from utils.feature_cache import FeatureCache
+from utils.image import ImageSpec
+from utils.tokenizer import PhraseTokenizer
+from utils.validation import open_validation
+
+from .checkpoints.load import find_source, load_model, save_model
+from .distill_step import DistillStep, load_teacher, prepare_student, take_decoder
+from .evf import EVFModel
+from .freeze import PartReport, report
+from .training import (
+    build_step,
+    lora_tensors,
+    model_tensors,
+    open_cache,
+    open_inputs,
+    optimizer_groups,
+    prepare_model,
+    restore,
+)
+from .video import VideoPredictor
+
+OpenValidation = Callable[[Any, Path, Ranks], Callable[[nn.Module, int], dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and how its batches are made, read and measured.
+
+    * `step`: the model with its loss, which engines wrap; its `model` is what is saved.
+    * `parts`: what of it is trained; `outside`: parameters that are read without a call of the module that owns them.
+    * `save`: (folder, whole weights) writes a model that inference loads.
+    * `inputs`: a batch on the device -> the arguments of `step`.
+    * `open_validation`: (sets, folder of the run, ranks) -> what measures `step`.
+    * `spec`: how the segmenter sees an image; `other_spec`: how the encoder of phrases or a teacher does.
+    * `prompt_side`: of the frame that boxes and points are placed on, in pixels, or 0.
+    """
+
+    step: nn.Module
+    parts: list[PartReport]
+    save: Callable[[Path, Mapping[str, Tensor]], None]
+    inputs: Callable[[Any], tuple[Any, ...]]
+    open_validation: OpenValidation
+    spec: ImageSpec
+    other_spec: ImageSpec | None = None
+    outside: list[str] = field(default_factory=list)
+    tokenizer: PhraseTokenizer | None = None
+    cache: FeatureCache | None = None
+    prompt_side: int = 0
+
+    @property
+    def model(self) -> EVFModel:
+        """The model without its loss."""
+        return self.step.model
+
+    def extra_state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return those of the whole weights that `save` does not write."""
+        return lora_tensors(tensors)
+
+    def optimizer_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
+        """Return the groups of AdamW."""
+        return optimizer_groups(self.step, config.optim)
+
+
+def open_task(
+    config: TrainConfig, strategy: Mapping[str, Any], checkpoint: Path | None, state: Mapping[str, Any]
+) -> Task:
+    """Build what a configuration asks for, on the CPU, with the weights of a checkpoint of the run where there is one.
+
+    Args:
+        strategy: as `utils.engine.build_engine`.
+        state: what was saved with the checkpoint; its `extra` is read.
+
+    Raises:
+        TextSAMError: a checkpoint, name, tokenizer or option cannot be used.
+    """
+    opened = {"phrases": _phrases, "clips": _phrases, "distill": _distill}[config.kind]
+    return opened(config, strategy, lambda step: restore(step, checkpoint, state["extra"]) if checkpoint else None)
+
+
+def _phrases(config: TrainConfig, strategy: Mapping[str, Any], resume: Callable[[nn.Module], None]) -> Task:
+    """Return the training of a whole EVF-SAM, on images or clips."""
+    trained = prepare_model(config.model, config.loss, config.data.clip_frames)
+    step = build_step(trained.model, config.loss, config.data.clip_frames)
+    resume(step)
+    cache = open_cache(step, config.data.feature_cache, config.optim.precision, strategy)
+    inputs = open_inputs(step, cache)
+    follow = partial(VideoPredictor, tokenizer=trained.tokenizer)
+
+    def validation(sets: Any, folder: Path, ranks: Ranks) -> Any:
+        return open_validation(sets, cache and inputs.features, follow, config.val.max_images, folder, ranks)
+
+    return Task(
+        step=step,
+        parts=trained.parts,
+        save=trained.save,
+        inputs=inputs,
+        open_validation=validation,
+        spec=step.spec,
+        other_spec=trained.model.encoder.image_spec,
+        outside=trained.outside,
+        tokenizer=trained.tokenizer,
+        cache=cache,
+    )
+
+
+def _distill(config: TrainConfig, strategy: Mapping[str, Any], resume: Callable[[nn.Module], None]) -> Task:
+    """Return the training of a student's image encoder by a teacher."""
+    model = load_segmenter(config.model)
+    probe = prepare_student(model)
+    teacher = load_teacher(config.distill, model, config.optim.precision, config.data.feature_cache)
+    if config.distill.take_decoder:
+        take_decoder(model, teacher.model)
+    step = DistillStep(model)
+    resume(step)
+    return Task(
+        step=step,
+        parts=report(model, probe.idle),
+        save=partial(save_segmenter, model),
+        inputs=teacher,
+        open_validation=partial(EmbeddingValidation, teacher),
+        spec=model.segmenter.own_image_spec,
+        other_spec=teacher.spec,
+        outside=[f"model.{name}" for name in probe.outside],
+        cache=teacher.cache,
+    )
+
+
+def load_segmenter(args: ModelArgs) -> EVFModel:
+    """Load a segmenter alone, or build it with random weights, in float32 on the CPU.
+
+    Raises:
+        TextSAMError: a checkpoint or name cannot be used.
+    """
+    if args.checkpoint:
+        return load_model(find_source(args.checkpoint), dtype=torch.float32)
+    if not args.name:
+        raise TrainingError("model.name is empty. Give a segmenter such as efficientvit-sam-l0")
+    return load_model(args.name, segmenter_checkpoint=args.segmenter_checkpoint, pretrained=False)
+
+
+def save_segmenter(model: EVFModel, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a folder that `load_model`, inference.py and the mask generator take."""
+    save_model(model, folder, tensors=model_tensors(model, tensors))

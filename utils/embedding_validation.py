@@ -1,0 +1,154 @@
+"""What a distillation measures of itself: how near the student's embeddings are to the teacher's, and a picture."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .distributed import Ranks
+from .evaluation_report import folder_name
+from .evaluator import gather
+from .metrics import mean_numbers
+from .visualize import save_picture
+
+PICTURES, TILE = 6, 192
+"""Images on a sheet, and the side of each of its tiles in pixels."""
+COLUMNS = ("mse", "relative", "cosine")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What is kept of an image.
+
+    * `values`: of `COLUMNS`; `sums`: of the target over places by channel, float64 [C]; `squares`: of all its numbers.
+    * `count`: places of the target; `maps`: student's and teacher's embedding, float32 [C, h, w], of the first images.
+    """
+
+    index: int
+    values: tuple[float, ...]
+    sums: np.ndarray
+    squares: float
+    count: int
+    maps: tuple[np.ndarray, np.ndarray] | None
+
+
+class EmbeddingValidation:
+    """Measures a student on every validation set; all ranks call it.
+
+    Args:
+        teacher: a `model.distill_step.Teacher`: batch -> the arguments of the step.
+        sets: by name, as `utils.validation.ValidationSet`.
+        folder: of the run; sheets go to `pictures/` below it.
+    """
+
+    best_by = "explained"
+
+    def __init__(self, teacher: Any, sets: Mapping[str, Any], folder: Path, ranks: Ranks) -> None:
+        self.teacher, self.sets, self.folder, self.ranks = teacher, sets, folder, ranks
+
+    def __call__(self, module: nn.Module, step: int) -> dict[str, float]:
+        """Return means over the sets of `mse`, `relative`, `cosine` and `explained`; {} where there are no sets.
+
+        `explained` is the share of the teacher's variance that the student explains: 1 is a perfect copy, 0 is no
+        better than the mean of each channel. It grows as `mse` falls.
+        """
+        rows = {name: self._measure(name, module, step) for name in self.sets}
+        if len(rows) < 2:
+            return dict(next(iter(rows.values()), {}))
+        mean = mean_numbers(list(rows.values()), ("explained", *COLUMNS))
+        return mean | {f"{name}/{key}": value for name, row in rows.items() for key, value in row.items()}
+
+    def _measure(self, name: str, module: nn.Module, step: int) -> dict[str, float]:
+        entry, found = self.sets[name], []
+        device = next(module.parameters()).device
+        with tqdm(total=len(entry.dataset), desc=name, unit="image", disable=not self.ranks.is_first, leave=False) as b:
+            for batch in entry.batches():
+                found += self._rows(module, batch.to(device))
+                b.update(len(batch.keys) * self.ranks.world)
+        rows = sorted((row for part in gather(found, self.ranks) for row in part), key=lambda row: row.index)
+        if self.ranks.is_first:
+            picture = draw_sheet([(entry.dataset.load(row.index).image, *row.maps) for row in rows if row.maps])
+            save_picture(self.folder / "pictures" / folder_name(name) / f"step_{step:08d}.png", picture)
+        return summarise(rows)
+
+    def _rows(self, module: nn.Module, batch: Any) -> list[_Row]:
+        pixels, target = self.teacher(batch)
+        student = module.embed(pixels).float()
+        target = module.fit_grid(target.float(), student)
+        values = module.compare(student, target)
+        sums, squares = target.double().sum((2, 3)).cpu().numpy(), target.double().square().sum((1, 2, 3)).tolist()
+        return [
+            _Row(
+                index,
+                tuple(values[i].tolist()),
+                sums[i],
+                squares[i],
+                target[i, 0].numel(),
+                (student[i].cpu().numpy(), target[i].cpu().numpy()) if index < PICTURES else None,
+            )
+            for i, index in enumerate(batch.indices)
+        ]
+
+
+def summarise(rows: Sequence[_Row]) -> dict[str, float]:
+    """Return the numbers of some images: means, and the share of the targets' variance that is explained."""
+    numbers = dict(zip(COLUMNS, np.mean([row.values for row in rows], axis=0).tolist(), strict=True))
+    count, channels = sum(row.count for row in rows), len(rows[0].sums)
+    means = np.sum([row.sums for row in rows], axis=0) / count
+    variance = sum(row.squares for row in rows) / count / channels - float(np.square(means).mean())
+    return {"explained": 1 - numbers["mse"] / max(variance, 1e-12), **numbers}
+
+
+def draw_sheet(rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Return images, the student's and the teacher's embedding side by side, a row each, uint8 RGB.
+
+    Args:
+        rows: of image, student and teacher, uint8 [H, W, 3] and float [C, h, w] twice. An embedding's colours are its
+            first three principal components, those of all the teacher's together.
+    """
+    to_colours = principal_colours(np.concatenate([teacher.reshape(len(teacher), -1).T for _, _, teacher in rows]))
+    return np.concatenate(
+        [
+            np.concatenate([_thumbnail(image), *(_enlarge(to_colours(one)) for one in (student, teacher))], axis=1)
+            for image, student, teacher in rows
+        ]
+    )
+
+
+def principal_colours(vectors: np.ndarray) -> Any:
+    """Return what paints embeddings float [C, h, w] as uint8 RGB [h, w, 3] by three main directions of vectors [n, C].
+
+    The middle 98% of the vectors span the brightness of each colour.
+    """
+    tensor = torch.from_numpy(vectors).double()
+    mean = tensor.mean(0)
+    _, directions = torch.linalg.eigh((tensor - mean).T @ (tensor - mean))
+    axes = directions[:, -3:].flip(1)
+    # The sign of a direction is anybody's choice: here its largest part is positive.
+    axes = axes * torch.sign(axes.gather(0, axes.abs().argmax(0)[None]))
+    low, high = torch.quantile((tensor - mean) @ axes, torch.tensor([0.01, 0.99], dtype=torch.float64), dim=0)
+
+    def paint(embedding: np.ndarray) -> np.ndarray:
+        parts = (torch.from_numpy(embedding).double().permute(1, 2, 0) - mean) @ axes
+        return ((parts - low) / (high - low).clamp(min=1e-12) * 255).clamp(0, 255).round().byte().numpy()
+
+    return paint
+
+
+def _thumbnail(image: np.ndarray) -> np.ndarray:
+    """Return an image on a white square, its proportions kept."""
+    scale = TILE / max(image.shape[:2])
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    tile = np.full((TILE, TILE, 3), 255, np.uint8)
+    tile[: size[1], : size[0]] = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return tile
+
+
+def _enlarge(colours: np.ndarray) -> np.ndarray:
+    return cv2.resize(colours, (TILE, TILE), interpolation=cv2.INTER_NEAREST)
