@@ -108,6 +108,25 @@ class Part:
         return replace(self.whole.load(self.indices[index]), index=index)
 
 
+class Joined:
+    """Several data sets as one."""
+
+    in_order = False
+
+    def __init__(self, name: str, sets: Sequence[Items]) -> None:
+        self.name, self.sets = name, tuple(sets)
+        self._ends = list(accumulate(map(len, sets)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def load(self, index: int) -> Any:
+        """Return an item; its `index` is its place in all of them."""
+        which = bisect_right(self._ends, index)
+        own = index - (self._ends[which] - len(self.sets[which]))
+        return replace(self.sets[which].load(own), index=index)
+
+
 def hold_out(items: Items, share: float, at_end: bool) -> tuple[Part, Part]:
     """Return what is trained on and what is measured.
 
@@ -198,35 +217,36 @@ def open_image_stream(config: TrainConfig) -> Stream:
         DataError: a folder is missing or empty.
     """
     data, val = config.data, config.val
-    sets = [open_images(name, data.root, data.max_pixels) for name in data.sets]
+    sets = [one for name in data.sets for one in open_images(name, data.root, data.max_pixels)]
     return split(sets, config, partial(open_images, root=val.root or data.root, max_pixels=data.max_pixels),
                  Mirror(data.flip), at_end=False)  # fmt: skip
 
 
-def open_images(name: str, root: str, max_pixels: int = MAX_PIXELS) -> ImageFolder:
-    """Return the images of one name in `data.sets`."""
-    return ImageFolder(name, Path(root) / name, max_pixels)
+def open_images(name: str, root: str, max_pixels: int = MAX_PIXELS) -> list[ImageFolder]:
+    """Return what one name in `data.sets` stands for."""
+    return [ImageFolder(name, Path(root) / name, max_pixels)]
 
 
 def split(
     sets: Sequence[Items],
     config: TrainConfig,
-    open_items: Callable[[str], Items],
+    open_items: Callable[[str], Sequence[Items]],
     finish: Callable[[Any, np.random.Generator], Any],
     at_end: bool,
 ) -> Stream:
     """Return a stream of sets, with what is measured: `val.sets`, or a share of each set that is held out.
 
     Args:
-        open_items: a name in `val.sets` -> its items.
+        open_items: a name in `val.sets` -> what it stands for.
         at_end: as `hold_out`.
     """
     data, val = config.data, config.val
     if val.sets:
-        measured = [open_items(name) for name in val.sets]
+        measured = [one for name in val.sets for one in open_items(name)]
     else:
         pairs = [hold_out(one, data.held_out, at_end) for one in sets]
-        sets, measured = [kept for kept, _ in pairs], [held for _, held in pairs if len(held)]
+        sets, held = [kept for kept, _ in pairs], [part for _, part in pairs if len(part)]
+        measured = [Joined("held out", held)] if held else []
     chosen = [Part(one, spread(range(len(one)), val.max_images)) for one in measured]
     return Stream(sets, finish, config.run.seed, chosen)
 

@@ -27,6 +27,7 @@ from .mixture import (
     spread,
     training_steps,
 )
+from .prompts import PromptCollate, open_prompt_stream
 from .sample import Batch
 from .transforms import HorizontalFlip, StrayWords, unused_words
 from .videos import VideoSet, open_video_set
@@ -44,6 +45,8 @@ def open_mixture(config: TrainConfig) -> Mixture | ClipMixture | Stream:
     args, seed = config.data, config.run.seed
     if config.kind == "distill":
         return open_image_stream(config)
+    if config.kind == "prompts":
+        return open_prompt_stream(config)
     if args.clip_frames:
         videos = [open_video_set(name, args.root) for text in args.sets for name in text.split(",")]
         return ClipMixture(videos, args.clip_frames, args.phrases_per_image, args.clip_stride, args.clip_start, seed)
@@ -65,6 +68,8 @@ def open_collate(config: TrainConfig, task: Any) -> Callable[[Sequence[Any]], An
     """
     if config.kind == "distill":
         return ImageCollate(task.spec, task.other_spec, task.cache)
+    if config.kind == "prompts":
+        return PromptCollate(task.spec, task.prompt_side)
     if config.kind == "clips":
         return ClipCollate(task.spec, task.other_spec, task.tokenizer)
     return Collate(task.spec, task.other_spec, task.tokenizer, task.cache)

@@ -5,6 +5,7 @@ Source: EVF-SAM `model/evf_sam.py` (after LISA); the points follow PointRend (ar
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -150,6 +151,57 @@ def point_losses(logits: Tensor, targets: Tensor, spec: ImageSpec, points: int) 
         chosen = torch.cat([candidates.gather(1, best), anywhere], dim=1)
         truth = _sample(targets[:, None].float(), chosen, "nearest").to(torch.uint8)
     return mask_losses(_sample(logits[:, None].float(), chosen * share, "bilinear"), truth)
+
+
+def hypothesis_losses(logits: Tensor, targets: Tensor, points: int, generator: torch.Generator | None = None) -> Tensor:
+    """Return the losses of several masks for each target, at points that are drawn for each mask alone.
+
+    As EfficientViT-SAM's trainer, but for one thing: it resizes the logits to the network's input and samples those.
+
+    Args:
+        logits: float [n, M, h, w], on a grid over the square input.
+        targets: float [n, S, S], 0..1, soft at the edges; the same input.
+        points: how many. Most lie where the logits are near 0, the rest anywhere.
+        generator: on the device of the logits; None takes the global one.
+
+    Returns:
+        float32 [n, M, 2]: cross-entropy, and dice loss smoothed by 1.
+    """
+    rows = logits.flatten(0, 1)[:, None].float()
+    count = int(points * UNCERTAIN_SHARE)
+    with torch.no_grad():
+        random = partial(torch.rand, device=logits.device, generator=generator)
+        where = choose_points(rows.detach(), random(len(rows), points * OVERSAMPLE, 2), count)
+        where = torch.cat([where, random(len(rows), points - count, 2)], dim=1)
+        truth = _sample(targets[:, None], where.unflatten(0, logits.shape[:2]).flatten(1, 2), "bilinear")
+    return sampled_losses(_sample(rows, where, "bilinear"), truth.unflatten(1, (-1, points)).flatten(0, 1)).unflatten(
+        0, logits.shape[:2]
+    )
+
+
+def choose_points(logits: Tensor, candidates: Tensor, count: int) -> Tensor:
+    """Return those of the candidates at which logits [R, 1, h, w] are nearest to 0, [R, count, 2] of [R, P, 2]."""
+    doubt = -_sample(logits, candidates, "bilinear").abs()
+    best = doubt.topk(count, dim=1).indices
+    return candidates.gather(1, best[..., None].expand(-1, -1, 2))
+
+
+def sampled_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return cross-entropy and dice loss, smoothed by 1, of logits at points and targets 0..1, float32 [R, 2].
+
+    Args:
+        logits, targets: float [R, P].
+    """
+    entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+    chance = logits.sigmoid()
+    dice = 1 - (2 * (chance * targets).sum(1) + 1) / (chance.sum(1) + targets.sum(1) + 1)
+    return torch.stack([entropy, dice], dim=1)
+
+
+def least_losses(losses: Tensor, weights: Tensor) -> Tensor:
+    """Return of the losses [n, M, L] of M hypotheses those whose weighted sum is least, [n, L]."""
+    best = (losses.detach() @ weights).argmin(1)
+    return losses[torch.arange(len(best), device=best.device), best]
 
 
 def _sample(maps: Tensor, where: Tensor, mode: str) -> Tensor:

@@ -1,7 +1,7 @@
 """The kinds of training as train.py needs them: one object for phrases, clips, distillation, or boxes and points."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ from utils.embedding_validation import EmbeddingValidation
 from utils.errors import TrainingError
 from utils.feature_cache import FeatureCache
 from utils.image import ImageSpec
+from utils.mask_validation import MaskValidation
 from utils.tokenizer import PhraseTokenizer
 from utils.validation import open_validation
 
 from .checkpoints.load import find_source, load_model, save_model
-from .distill_step import DistillStep, load_teacher, prepare_student, take_decoder
+from .distill_step import DistillStep, load_teacher, prepare_student, refuse_phrases, take_decoder
 from .evf import EVFModel
 from .freeze import PartReport, report
+from .prompt_step import PromptStep, prepare_prompted, prompt_inputs, published_names
 from .training import (
     build_step,
     lora_tensors,
@@ -73,7 +75,10 @@ class Task:
 
     def optimizer_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """Return the groups of AdamW."""
-        return optimizer_groups(self.step, config.optim)
+        names = None
+        if config.optim.decay == "names":
+            names = published_names(self.model.segmenter, self.model.config.family)
+        return optimizer_groups(self.step, config.optim, names)
 
 
 def open_task(
@@ -88,7 +93,7 @@ def open_task(
     Raises:
         TextSAMError: a checkpoint, name, tokenizer or option cannot be used.
     """
-    opened = {"phrases": _phrases, "clips": _phrases, "distill": _distill}[config.kind]
+    opened = {"phrases": _phrases, "clips": _phrases, "distill": _distill, "prompts": _prompts}[config.kind]
     return opened(config, strategy, lambda step: restore(step, checkpoint, state["extra"]) if checkpoint else None)
 
 
@@ -137,6 +142,32 @@ def _distill(config: TrainConfig, strategy: Mapping[str, Any], resume: Callable[
         other_spec=teacher.spec,
         outside=[f"model.{name}" for name in probe.outside],
         cache=teacher.cache,
+    )
+
+
+def _prompts(config: TrainConfig, strategy: Mapping[str, Any], resume: Callable[[nn.Module], None]) -> Task:
+    """Return the training of a segmenter on boxes and points."""
+    args = config.model
+    if not (args.checkpoint or args.segmenter_checkpoint or config.prompts.from_scratch):
+        raise TrainingError(
+            "prompts.masks trains a segmenter further, but no weights are given. Give the distilled one, "
+            "--model.checkpoint runs/NAME/best, or its weights file; --prompts.from_scratch starts from random weights"
+        )
+    model = load_segmenter(args)
+    refuse_phrases(model)
+    probe = prepare_prompted(model, config.loss)
+    step = PromptStep(model, config.loss)
+    resume(step)
+    spec = replace(model.segmenter.own_image_spec, filter="torch-antialias")  # of training alone, as published
+    return Task(
+        step=step,
+        parts=report(model, probe.idle),
+        save=partial(save_segmenter, model),
+        inputs=prompt_inputs,
+        open_validation=MaskValidation,
+        spec=spec,
+        outside=[f"model.{name}" for name in probe.outside],
+        prompt_side=model.segmenter.prompt_spec(spec).size,
     )
 
 

@@ -365,13 +365,23 @@ def feature_digest(model: EVFModel, precision: str) -> str:
     return digest_of(encoder, segmenter.image_spec.for_evaluation(), model.config.segmenter, precision)
 
 
-def optimizer_groups(step: TrainingStep | ClipStep, args: OptimArgs) -> list[dict[str, Any]]:
-    """Return AdamW's groups: both encoders with their own learning rates, and weight decay for matrices alone."""
+def optimizer_groups(
+    step: nn.Module, args: OptimArgs, published: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Return AdamW's groups: both encoders with their own learning rates, and weight decay for some of the weights.
+
+    Args:
+        step: with a `model` that is trained.
+        published: the segmenter's names -> those of its published checkpoint. Given, all decays but what those call
+            norm or bias; else matrices alone do.
+    """
     scales = {"encoder": args.encoder_lr_scale, "image_encoder": args.image_lr_scale}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in step.named_parameters():
+    for full_name, parameter in step.named_parameters():
         if parameter.requires_grad:
-            rate = args.lr * scales.get(part_of(step.model, name.removeprefix("model.")), 1.0)
-            decay = args.weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
+            name = full_name.removeprefix("model.")
+            rate = args.lr * scales.get(part_of(step.model, name), 1.0)
+            theirs = None if published is None else published.get(name.removeprefix("segmenter."), name)
+            decays = parameter.ndim > 1 if theirs is None else not ("norm" in theirs or "bias" in theirs)
+            groups.setdefault((rate, args.weight_decay if decays else 0.0), []).append(parameter)
     return [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()]

@@ -373,7 +373,8 @@ def options(images, teacher, out, batch=2, steps=6):
         "--model.name", STUDENT, "--distill.teacher", teacher, "--data.root", images, "--data.sets", "photos",
         "--data.held_out", "0.2", "--data.workers", "0", "--data.batch_size", batch, "--optim.steps", steps,
         "--optim.lr", "3e-3", "--optim.warmup", "1", "--optim.global_batch", 2, "--run.out", out,
-        "--run.log_every", "1", "--run.device", "cpu", "--data.feature_cache", f"{out}_features", "--val.every", 3, "--run.seed", 1,
+        "--run.log_every", "1", "--run.device", "cpu", "--data.feature_cache", f"{out}_features",
+        "--val.every", 3, "--run.seed", 1,
     ]  # fmt: skip
 
 
@@ -393,7 +394,7 @@ def test_a_run_learns_and_can_be_prompted(reference, teacher):
     first, last = records(out, "val")
     assert last["explained"] > first["explained"] and last["mse"] < first["mse"] and -1 <= last["cosine"] <= 1
     assert "image_encoder" in done.stderr and "measured" in done.stderr
-    assert read_image(out / "pictures" / "photos" / "step_00000006.png").shape == (2 * 192, 3 * 192, 3)
+    assert read_image(out / "pictures" / "held_out" / "step_00000006.png").shape == (2 * 192, 3 * 192, 3)
     model, master = load_model(out / "best"), load_model(teacher)
     decoder = model.segmenter.mask_decoder.state_dict()
     assert all(torch.equal(decoder[n], t) for n, t in master.segmenter.mask_decoder.state_dict().items())

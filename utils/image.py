@@ -3,6 +3,7 @@
 Source of the constants: EVF-SAM `inference.py` and `eval.py`, segment-anything `transforms.py`.
 """
 
+import io
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -174,23 +175,39 @@ def read_image(source: ImageLike, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise ImageError(f"{path} is a folder, an image file is needed")
     if path.stat().st_size == 0:
         raise ImageError(f"{path} is empty (0 bytes). Download or export it again")
+    return _open(path, str(path), max_pixels)
+
+
+def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Return the image of a file's bytes as uint8 RGB [H, W, 3]; see `read_image`.
+
+    Args:
+        name: what errors call it.
+
+    Raises:
+        ImageError: as `read_image`.
+    """
+    return _open(io.BytesIO(data), name, max_pixels)
+
+
+def _open(source: Path | io.BytesIO, name: str, max_pixels: int) -> np.ndarray:
     # Pillow warns between one and two times its bound and refuses above; `max_pixels` is checked in `_decode` instead.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return _decode(image, str(path), max_pixels)
+            with Image.open(source) as image:
+                return _decode(image, name, max_pixels)
     except UnidentifiedImageError:
         raise ImageError(
-            f"{path} is not an image that Pillow can read. Allowed: {', '.join(sorted(IMAGE_SUFFIXES))}"
+            f"{name} is not an image that Pillow can read. Allowed: {', '.join(sorted(IMAGE_SUFFIXES))}"
         ) from None
     except Image.DecompressionBombError:
         bound = min(max_pixels, 2 * Image.MAX_IMAGE_PIXELS)  # above twice its own bound, Pillow refuses whatever ours
-        raise ImageError(f"{path} is over the bound of {bound:,} pixels. Make it smaller first") from None
+        raise ImageError(f"{name} is over the bound of {bound:,} pixels. Make it smaller first") from None
     except ImageError:
         raise
     except Exception as error:
-        raise ImageError(_damaged(str(path), error)) from None
+        raise ImageError(_damaged(name, error)) from None
 
 
 def _decode(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:
