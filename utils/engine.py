@@ -91,6 +91,7 @@ class Engine(ABC):
     @contextlib.contextmanager
     def whole_module(self) -> Iterator[nn.Module]:
         """Give every rank a module with the whole weights, to evaluate. All ranks call it."""
+        _share_statistics(self.module)
         yield self.module
 
     def tensors(self) -> dict[str, Tensor]:
@@ -234,6 +235,7 @@ class ShardedEngine(Engine):
     @contextlib.contextmanager
     def whole_module(self) -> Iterator[nn.Module]:
         """Yield a second module with the gathered weights; they are let go afterwards."""
+        _share_statistics(self.module)
         state = get_model_state_dict(self.module, options=StateDictOptions(full_state_dict=True))
         with self._twin.holding(state) as module:
             yield module
@@ -320,6 +322,7 @@ class DeepSpeedEngine(Engine):
 
         Stage 3 gathers again in every forward, all ranks together: ranks with fewer batches would keep others waiting.
         """
+        _share_statistics(self.module)
         if self._engine.zero_optimization_stage() < 3:
             yield self.module
             return
@@ -377,6 +380,15 @@ def _clip(optimizer: torch.optim.Optimizer, settings: OptimizerSettings) -> floa
         nn.utils.clip_grad_value_(trained, settings.clip_value)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return float(norm)
+
+
+def _share_statistics(module: nn.Module) -> None:
+    """Give every rank the statistics of rank 0's batch norms: those are saved, so those are to be measured."""
+    if dist.is_initialized():
+        for part in module.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                for buffer in part.buffers(recurse=False):
+                    dist.broadcast(buffer, 0)
 
 
 def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
