@@ -28,6 +28,7 @@ from .mixture import (
     training_steps,
 )
 from .prompts import PromptCollate, open_prompt_stream
+from .reader import PhraseDataset
 from .sample import Batch
 from .transforms import HorizontalFlip, StrayWords, unused_words
 from .videos import VideoSet, open_video_set
