@@ -660,8 +660,16 @@ class TestProcesses:
 
 
 class TestOutput:
-    def test_the_sheet(self, run, tmp_path):
+    def test_the_sheet(self, run, tmp_path, monkeypatch):
+        from utils import instance_report
+
+        drawn, draw = [], instance_report.draw_prompt
+        monkeypatch.setattr(
+            instance_report, "draw_prompt", lambda image, prompt: drawn.append(prompt) or draw(image, prompt)
+        )
         run(out=tmp_path)
+        worst = sorted(read(tmp_path)[1], key=lambda row: row["iou"])
+        assert [[list(corner) for corner in prompt] for prompt in drawn] == [row["prompt"] for row in worst]
         sheet = np.array(Image.open(tmp_path / "worst.png"))
         assert sheet.shape[1] > 1000
         assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 100
