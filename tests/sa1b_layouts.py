@@ -60,7 +60,7 @@ def write_repository(folder, flat, numbers):
 
 def write_shard(path, flat, numbers):
     """Write a .tar of both files side by side, in the given order."""
-    with tarfile.open(path, "w") as archive:
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
         for number in numbers:
             for suffix in (".jpg", ".json"):
                 archive.add(flat / f"sa_{number}{suffix}", f"./sa_{number}{suffix}")

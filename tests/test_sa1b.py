@@ -157,7 +157,7 @@ def test_damaged_shards(data, tmp_path):
     members = scan(data / "sa_0.tar")
     third = members[2][1] - 512  # where the header of the third image is
     for content, text in (
-        (whole[:third] + b"\xff" * 512 + whole[third + 512 :], "no whole .tar"),
+        (whole[:third] + b"\xff" * 512 + whole[third + 512 :], "damaged after 2 images"),
         (whole[:third], "damaged after 2 images, or cut off"),
     ):
         path.write_bytes(content)
