@@ -20,7 +20,7 @@ from utils.feature_cache import FeatureCache, name_of
 from utils.image import IMAGE_SUFFIXES, MAX_PIXELS, ImageSpec, read_image
 
 from .mixture import shuffled, spread
-from .sample import move
+from .sample import move, pin
 
 
 class Items(Protocol):
@@ -295,6 +295,10 @@ class ImageBatch:
     def to(self, device: torch.device) -> "ImageBatch":
         """Return the batch with every tensor on a device."""
         return replace(self, **{field.name: move(getattr(self, field.name), device) for field in fields(self)})
+
+    def pin_memory(self) -> "ImageBatch":
+        """Return the batch in page-locked memory; `torch.utils.data.DataLoader` calls it where asked to."""
+        return replace(self, **{field.name: pin(getattr(self, field.name)) for field in fields(self)})
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from utils.image import ImageSpec
 
 from .images import Items, Stream, split
 from .sa1b import MaskFolder, MaskImage, MaskShard, decode_masks
-from .sample import move
+from .sample import move, pin
 
 AT_ONCE = 1 << 25
 """Pixels of masks that are resized together: 128 MB of float32."""
@@ -129,6 +129,10 @@ class PromptBatch:
     def to(self, device: torch.device) -> "PromptBatch":
         """Return the batch with every tensor on a device."""
         return replace(self, **{field.name: move(getattr(self, field.name), device) for field in fields(self)})
+
+    def pin_memory(self) -> "PromptBatch":
+        """Return the batch in page-locked memory; `torch.utils.data.DataLoader` calls it where asked to."""
+        return replace(self, **{field.name: pin(getattr(self, field.name)) for field in fields(self)})
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory; `torch.utils.data.DataLoader` calls it where asked to."""
-        return replace(self, **{field.name: _pin(getattr(self, field.name)) for field in fields(self)})
+        return replace(self, **{field.name: pin(getattr(self, field.name)) for field in fields(self)})
 
 
 def move(value: Any, device: torch.device) -> Any:
@@ -82,9 +82,10 @@ def move(value: Any, device: torch.device) -> Any:
     return tuple(move(item, device) for item in value) if isinstance(value, tuple) else value
 
 
-def _pin(value: Any) -> Any:
+def pin(value: Any) -> Any:
+    """Return a value with every tensor in it in page-locked memory."""
     if isinstance(value, Tensor):
         return value.pin_memory()
     if isinstance(value, Mapping):
-        return {name: _pin(item) for name, item in value.items()}
-    return tuple(_pin(item) for item in value) if isinstance(value, tuple) else value
+        return {name: pin(item) for name, item in value.items()}
+    return tuple(pin(item) for item in value) if isinstance(value, tuple) else value
