@@ -228,8 +228,7 @@ def fill_model(source: Source, device: torch.device, dtype: torch.dtype | None) 
     Raises:
         CheckpointError: a missing, extra or mis-shaped tensor.
     """
-    with torch.device("meta"), _NoInitialisation():
-        model = build_model(source.config)
+    model = build_on_meta(source.config)
     targets = named_tensors(model)
     key_map = KeyMap(targets, source.sections)
     fill_tensors(model, targets, key_map, source.checkpoint, device, dtype)
@@ -242,6 +241,12 @@ def fill_model(source: Source, device: torch.device, dtype: torch.dtype | None) 
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, buffer.to(device))
     return model
+
+
+def build_on_meta(config: ModelConfig) -> EVFModel:
+    """Build an architecture without weights, in evaluation mode."""
+    with torch.device("meta"), _NoInitialisation():
+        return build_model(config)
 
 
 class _NoInitialisation(TorchFunctionMode):

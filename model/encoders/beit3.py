@@ -134,7 +134,7 @@ class VisionEmbedding(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, S, S] to [B, 1 + (S/p)^2, D]."""
         patches = self.proj(pixels).flatten(2).transpose(1, 2)
-        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        return torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
 
 
 def _waves(side: int, width: int) -> Tensor:
@@ -153,8 +153,8 @@ def pair(
     """Put each phrase beside its image: [B, V, D], [N, T, D] to [N, V, D], [N, T, D] and key padding [N, V + T]."""
     if image_index is not None:
         image = image.index_select(0, image_index)
-    elif len(image) != len(text):
-        image = image.expand(len(text), -1, -1)
+    elif image.shape[0] != text.shape[0]:
+        image = image.expand(text.shape[0], -1, -1)
     if padding is None:
         return image, text, None
     return image, text, torch.cat([padding.new_zeros(image.shape[:2]), padding], dim=1)
@@ -219,7 +219,7 @@ class BEiT3(nn.Module):
     def read_apart(self, pixels: Tensor, ids: Tensor, padding: Tensor | None, layers: int) -> tuple[Tensor, Tensor]:
         """Return image tokens [B, V, D] and text tokens [N, T, D] after so many layers, neither seeing the other."""
         image, text = self.embed_image(pixels), self.embed_text(ids, padding)
-        no_image, no_text = image[:1, :0].expand(len(text), -1, -1), text[:1, :0].expand(len(image), -1, -1)
+        no_image, no_text = image[:1, :0].expand(text.shape[0], -1, -1), text[:1, :0].expand(image.shape[0], -1, -1)
         for layer in self.layers[:layers]:
             image, _ = self._run(layer, image, no_text, None)
             _, text = self._run(layer, no_image, text, padding)

@@ -42,6 +42,8 @@ class Segmenter(nn.Module):
     """How the segmenter's own release does, for a model without phrases."""
     prompt_kinds: frozenset[str] = frozenset()
     """Which geometric prompts the family has weights for: `points`, `boxes`, `masks`."""
+    pads_boxes = False
+    """Whether boxes are followed by a padding point too, as points without a box are."""
     parts: Mapping[str, tuple[str, ...]]
     """Part -> how the names of its parameters begin; the first that fits counts. `image_encoder` is what
     `encode_image` reads; `prompt_encoder` is what a phrase alone needs of it; the rest is never trained."""
@@ -53,6 +55,15 @@ class Segmenter(nn.Module):
     @property
     def position_matrix(self) -> Tensor:
         """The random directions that places are coded by, float [2, 128]; prompts and image share them."""
+        raise NotImplementedError
+
+    @property
+    def point_table(self) -> Tensor:
+        """What is learned of points, [5, 256]: padding, background, foreground, a box's first and second corner."""
+        raise NotImplementedError
+
+    def attention_to_tokens(self) -> list[nn.Module]:
+        """Return the decoder's attentions whose keys are tokens; `key` and `attention_similarity` are keywords."""
         raise NotImplementedError
 
     def positions(self, side: int, dtype: torch.dtype) -> Tensor:
@@ -211,7 +222,7 @@ def in_parts(function: Callable[[Tensor], Tensor], tokens: Tensor, step: int = 1
         tokens: [B, H, W, C].
         step: rows that belong together, the side of a window.
     """
-    hidden = 4 * tokens.nbytes  # the MLP's inner width is four times the outer
+    hidden = 4 * tokens.numel() * tokens.element_size()  # the MLP's inner width is four times the outer
     steps = math.ceil(tokens.shape[1] / step)
     rows = step * math.ceil(steps / min(steps, count_parts(hidden, tokens)))
     if rows >= tokens.shape[1]:
@@ -261,6 +272,11 @@ def run_prompt_encoder(encoder: nn.Module, prompts: Prompts) -> tuple[Tensor | N
     return (None if sparse is None else sparse[:, 0]), (dense if prompts.masks is not None else None)
 
 
+def attention_to_tokens(transformer: nn.Module) -> list[nn.Module]:
+    """Return those attentions of a transformers SAM or SAM-2 two-way transformer whose keys are tokens."""
+    return [part for layer in transformer.layers for part in (layer.self_attn, layer.cross_attn_image_to_token)]
+
+
 def decode_masks(
     decoder: nn.Module,
     embedding: Tensor,
@@ -282,7 +298,7 @@ def decode_masks(
     """
     owner_tokens = [decoder.obj_score_token.weight] if high_res else []
     learned = torch.cat([*owner_tokens, decoder.iou_token.weight, decoder.mask_tokens.weight])
-    tokens = torch.cat([learned.expand(len(sparse), -1, -1), sparse.to(learned.dtype)], dim=1)
+    tokens = torch.cat([learned.expand(sparse.shape[0], -1, -1), sparse.to(learned.dtype)], dim=1)
     tokens, image = decoder.transformer(
         point_embeddings=tokens[:, None],
         image_embeddings=embedding,

@@ -61,7 +61,7 @@ class EfficientSAMSegmenter(Segmenter):
         """Return four masks and their IoU per prompt; there is no dense prompt. See `Segmenter.decode`."""
         if dense is not None:
             raise ValueError("EfficientSAM has no dense prompt embedding")
-        embedding = pick_images(features.embedding, image_index, len(sparse))
+        embedding = pick_images(features.embedding, image_index, sparse.shape[0])
         positions = self.positions(embedding.shape[-1], embedding.dtype)
         return MaskPrediction(*self.mask_decoder(embedding, positions, sparse))
 
@@ -271,7 +271,7 @@ class MaskDecoder(nn.Module):
             masks [N, 4, 4h, 4w] and predicted IoU [N, 4].
         """
         learned = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        learned = torch.cat([learned.expand(len(sparse), -1, -1), sparse.to(learned.dtype)], dim=1)
+        learned = torch.cat([learned.expand(sparse.shape[0], -1, -1), sparse.to(learned.dtype)], dim=1)
         image, positions = (grid.flatten(2).transpose(1, 2) for grid in (embedding, positions))
         tokens, image = self.transformer(image, positions, learned)
         grid = image.transpose(1, 2).unflatten(2, embedding.shape[-2:])

@@ -1,11 +1,12 @@
 """SAM's prompt encoder and mask decoder on the transformers modules (arXiv 2304.02643), shared by several families."""
 
+import torch
 from torch import Tensor, nn
 from transformers import SamConfig as LibraryConfig
 from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncoder
 
 from ..types import ImageFeatures, MaskPrediction, Prompts
-from .base import SAM_PARTS, Segmenter, decode_masks, first_mask, pick_images, run_prompt_encoder
+from .base import SAM_PARTS, Segmenter, attention_to_tokens, decode_masks, first_mask, pick_images, run_prompt_encoder
 
 
 class PromptedSAM(Segmenter):
@@ -37,6 +38,16 @@ class PromptedSAM(Segmenter):
         """What places are coded by; see `Segmenter.position_matrix`."""
         return self.prompt_encoder.shared_embedding.positional_embedding
 
+    @property
+    def point_table(self) -> Tensor:
+        """What is learned of points; see `Segmenter.point_table`."""
+        encoder = self.prompt_encoder
+        return torch.cat([encoder.not_a_point_embed.weight, *(kind.weight for kind in encoder.point_embed)])
+
+    def attention_to_tokens(self) -> list[nn.Module]:
+        """See `Segmenter.attention_to_tokens`."""
+        return attention_to_tokens(self.mask_decoder.transformer)
+
     def decode(
         self,
         features: ImageFeatures,
@@ -47,7 +58,7 @@ class PromptedSAM(Segmenter):
         """Return four masks and their IoU (a plain linear output) per prompt; see `Segmenter.decode`."""
         if dense is None:
             dense = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
-        embedding = pick_images(features.embedding, image_index, len(sparse)) + dense
+        embedding = pick_images(features.embedding, image_index, sparse.shape[0]) + dense
         positions = self.positions(embedding.shape[-1], embedding.dtype)
         masks, iou, _ = decode_masks(self.mask_decoder, embedding, positions, sparse)
         return MaskPrediction(masks, iou)

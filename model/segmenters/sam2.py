@@ -12,7 +12,16 @@ from configs.schema import SAM2Config
 from utils.image import ImageSpec
 
 from ..types import ImageFeatures, MaskPrediction, Prompts
-from .base import Segmenter, best_of_three, decode_masks, first_mask, in_parts, pick_images, run_prompt_encoder
+from .base import (
+    Segmenter,
+    attention_to_tokens,
+    best_of_three,
+    decode_masks,
+    first_mask,
+    in_parts,
+    pick_images,
+    run_prompt_encoder,
+)
 
 VIDEO_PARTS = (
     "memory_attention",
@@ -38,6 +47,7 @@ class SAM2Segmenter(Segmenter):
     """SAM 2 with Hiera T, S, B+ or L; the memory modules are carried along where the weights have them."""
 
     prompt_kinds = frozenset({"points", "boxes", "masks"})
+    pads_boxes = True
     parts = MappingProxyType(
         {
             "image_encoder": (
@@ -114,6 +124,17 @@ class SAM2Segmenter(Segmenter):
         """What places are coded by; see `Segmenter.position_matrix`."""
         return self.sam2.prompt_encoder.shared_embedding.positional_embedding
 
+    @property
+    def point_table(self) -> Tensor:
+        """What is learned of points; see `Segmenter.point_table`."""
+        return torch.cat(
+            [self.sam2.prompt_encoder.not_a_point_embed.weight, self.sam2.prompt_encoder.point_embed.weight]
+        )
+
+    def attention_to_tokens(self) -> list[nn.Module]:
+        """See `Segmenter.attention_to_tokens`."""
+        return attention_to_tokens(self.sam2.mask_decoder.transformer)
+
     def decode(
         self,
         features: ImageFeatures,
@@ -122,7 +143,7 @@ class SAM2Segmenter(Segmenter):
         image_index: Tensor | None = None,
     ) -> MaskPrediction:
         """Return four masks, IoU in 0..1 and object score per prompt; see `Segmenter.decode`."""
-        count, encoder = len(sparse), self.sam2.prompt_encoder
+        count, encoder = sparse.shape[0], self.sam2.prompt_encoder
         if dense is None:
             dense = encoder.no_mask_embed.weight.view(1, -1, 1, 1)
         embedding = pick_images(features.embedding, image_index, count) + dense

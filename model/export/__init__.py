@@ -1,0 +1,1 @@
+"""Models as graphs for other runtimes: wrapped, written, checked against eager, and run again."""

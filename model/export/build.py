@@ -1,0 +1,139 @@
+"""The work of export.py: a model to a folder of graphs, each checked against the model, all or nothing."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.export import ExportArgs
+from utils.errors import ModelError
+from utils.files import write_json
+from utils.tokenizer import find_tokenizer
+
+from ..checkpoints.load import config_to_json, fill_model, resolve
+from ..evf import EVFModel
+from .engine import DESCRIPTION, FORMAT, VERSION, runner_of, sha256
+from .graphs import Graph, build_graphs
+from .verify import Difference, check, table
+
+
+def run(args: ExportArgs) -> str:
+    """Do what the options say and return what was seen, as lines of text.
+
+    Raises:
+        TextSAMError: nothing was written.
+    """
+    folder = Path(args.out)
+    check_args(args, folder)
+    source = resolve(args.version)
+    tokenizer = None if source.config.encoder is None else find_tokenizer(source.path)
+    model = fill_model(source, torch.device("cpu"), torch.float32)
+    with new_folder(folder) as temporary:
+        found = write_engine(model, temporary, args, tokenizer)
+    return f"{table(found, args.tolerance)}\n{source.config.name} written to {folder}"
+
+
+def check_args(args: ExportArgs, folder: Path) -> None:
+    """Refuse options that cannot work before anything is loaded.
+
+    Raises:
+        TextSAMError: which one and why.
+    """
+    from . import onnx
+
+    if args.tolerance <= 0:
+        raise ModelError(f"--tolerance {args.tolerance}: needed is a positive number, such as 1e-4")
+    file = next((path for path in folder.parents if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise ModelError(f"--out {folder}: {file} is a file. Give a folder")
+    if folder.exists():
+        is_ours = folder.is_dir() and ((folder / DESCRIPTION).is_file() or not any(folder.iterdir()))
+        if not is_ours:
+            raise ModelError(f"--out {folder} exists and is not an engine. Give another folder")
+        if not args.overwrite and any(folder.iterdir()):
+            raise ModelError(f"--out {folder} exists. Give another folder, or replace it with --overwrite")
+    onnx.require(["onnx", "onnxscript", "onnxruntime"], "--format onnx")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`; on success it replaces `folder`, on failure it is removed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
+    temporary.mkdir()
+    try:
+        yield temporary
+        if folder.exists():
+            folder.replace(old)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_engine(model: EVFModel, folder: Path, args: ExportArgs, tokenizer: Path | None) -> list[Difference]:
+    """Write every graph, check it as it was written, and describe it all in engine.json.
+
+    Args:
+        folder: exists and is empty.
+        tokenizer: file of a model that reads phrases.
+
+    Raises:
+        ModelError: a graph cannot be written, or differs from the model.
+    """
+    graphs, found = build_graphs(model, args.single_mask), []
+    for graph in graphs:
+        path = folder / f"{graph.name}.{SUFFIXES[args.format]}"
+        WRITERS[args.format](graph, path)
+        found += check(graph, runner_of(args.format, path, torch.device("cpu")), args.tolerance)
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, folder / tokenizer.name)
+    description = describe(model, graphs, args)
+    description["tokenizer"] = tokenizer and tokenizer.name
+    description["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    description["tolerance"], description["differences"] = args.tolerance, [one.as_json() for one in found]
+    write_json(folder / DESCRIPTION, description)
+    return found
+
+
+def describe(model: EVFModel, graphs: list[Graph], args: ExportArgs) -> dict[str, Any]:
+    """Return what engine.json says of a model and its graphs; files and what was seen are added to it."""
+    segmenter = model.segmenter
+    spec = segmenter.own_image_spec if model.encoder is None else segmenter.image_spec
+    config = config_to_json(model.config)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": config["name"],
+        "runtime": args.format,
+        "torch": torch.__version__,
+        "single_mask": args.single_mask,
+        "image": asdict(spec),
+        "prompt_frame": segmenter.prompt_spec(spec).size,
+        "encoder_image": None if model.encoder is None else asdict(model.encoder.image_spec),
+        "graphs": {
+            graph.name: {
+                "file": f"{graph.name}.{SUFFIXES[args.format]}",
+                "inputs": {name: list(shape) for name, shape in graph.inputs.items()},
+                "outputs": {name: list(shape) for name, shape in graph.outputs.items()},
+                "limits": dict(graph.limits),
+            }
+            for graph in graphs
+        },
+        "model": config["model"],
+    }
+
+
+def _write_onnx(graph: Graph, path: Path) -> None:
+    from . import onnx
+
+    onnx.write(graph, path)
+
+
+SUFFIXES = {"onnx": "onnx"}
+WRITERS = {"onnx": _write_onnx}
