@@ -78,3 +78,5 @@ class InferenceArgs(PhraseArgs):
     """Also write <stem>_logits.npy, float32 [H, W] at the image's size."""
     compile: FlagCreatePairsOff[bool] = False
     """torch.compile the image encoder: slower to start, then faster; needs a C++ compiler."""
+    engine: str | None = None
+    """Folder that export.py wrote, to run instead of --version."""

@@ -93,11 +93,13 @@ def settings_digest(args: PhraseArgs, asked: Sequence[Any]) -> str:
     Args:
         asked: what is asked for, for JSON.
     """
-    path = Path(args.version)
+    engine = args.engine if isinstance(args, InferenceArgs) else None
+    path = Path(engine or args.version)
     files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
     values = [
         args.version, *asked, args.precision, args.load_in_8bit, args.load_in_4bit,
         args.model_max_length, args.truncate, [(file.name, *file_state(file)) for file in files],
+        *([engine] if engine else []),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
@@ -201,6 +203,10 @@ def load(args: PhraseArgs, ranks: Ranks, kind: str = "phrases") -> ImagePredicto
     Raises:
         TextSAMError: the checkpoint cannot be used, or the options do not fit it.
     """
+    if isinstance(args, InferenceArgs) and args.engine is not None:
+        from .export.run import load_for
+
+        return load_for(args)
     device = choose_device(args.device, ranks.local_rank)
     dtype = choose_dtype(None if args.precision == "auto" else args.precision, device)
     source = resolve(find_source(args.version))

@@ -88,8 +88,8 @@ def write_engine(model: EVFModel, folder: Path, args: ExportArgs, tokenizer: Pat
     """
     graphs, found = build_graphs(model, args.single_mask), []
     for graph in graphs:
-        path = folder / f"{graph.name}.{SUFFIXES[args.format]}"
-        WRITERS[args.format](graph, path)
+        path = folder / f"{graph.name}.{args.format}"
+        _write(graph, path, args.format)
         found += check(graph, runner_of(args.format, path, torch.device("cpu")), args.tolerance)
     if tokenizer is not None:
         shutil.copyfile(tokenizer, folder / tokenizer.name)
@@ -99,6 +99,17 @@ def write_engine(model: EVFModel, folder: Path, args: ExportArgs, tokenizer: Pat
     description["tolerance"], description["differences"] = args.tolerance, [one.as_json() for one in found]
     write_json(folder / DESCRIPTION, description)
     return found
+
+
+def _write(graph: Graph, path: Path, runtime: str) -> None:
+    if runtime == "onnx":
+        from . import onnx
+
+        onnx.write(graph, path)
+    else:
+        from . import pt2
+
+        pt2.write(graph, path)
 
 
 def describe(model: EVFModel, graphs: list[Graph], args: ExportArgs) -> dict[str, Any]:
@@ -118,7 +129,7 @@ def describe(model: EVFModel, graphs: list[Graph], args: ExportArgs) -> dict[str
         "encoder_image": None if model.encoder is None else asdict(model.encoder.image_spec),
         "graphs": {
             graph.name: {
-                "file": f"{graph.name}.{SUFFIXES[args.format]}",
+                "file": f"{graph.name}.{args.format}",
                 "inputs": {name: list(shape) for name, shape in graph.inputs.items()},
                 "outputs": {name: list(shape) for name, shape in graph.outputs.items()},
                 "limits": dict(graph.limits),
@@ -127,13 +138,3 @@ def describe(model: EVFModel, graphs: list[Graph], args: ExportArgs) -> dict[str
         },
         "model": config["model"],
     }
-
-
-def _write_onnx(graph: Graph, path: Path) -> None:
-    from . import onnx
-
-    onnx.write(graph, path)
-
-
-SUFFIXES = {"onnx": "onnx"}
-WRITERS = {"onnx": _write_onnx}

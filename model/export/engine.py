@@ -15,6 +15,7 @@ from torch import Tensor
 
 from configs.schema import ModelConfig
 from utils.errors import CheckpointError, PromptError
+from utils.precision import choose_device
 from utils.tokenizer import PhraseTokenizer
 
 from ..checkpoints.files import read_json
@@ -210,21 +211,29 @@ def runner_of(runtime: str, path: Path, device: torch.device) -> Runner:
         from .onnx import OnnxRunner
 
         return OnnxRunner(path, device)
+    if runtime == "pt2":
+        from .pt2 import Pt2Runner
+
+        return Pt2Runner(path, device)
     raise CheckpointError(f"{path.parent / DESCRIPTION}: unknown runtime {runtime!r}. Export the model again")
 
 
 def load_engine(
-    path: str | Path,
+    source: str | Path | Engine,
     device: torch.device | str = "cpu",
     max_length: int = 512,
     overlong: Literal["error", "truncate"] = "error",
 ) -> ImagePredictor:
     """Load an engine as a predictor; see `load_predictor`.
 
+    Args:
+        source: its folder, or what `read_engine` said of it.
+
     Raises:
         TextSAMError: it cannot be used.
     """
-    engine, device = read_engine(path), torch.device(device)
+    engine = source if isinstance(source, Engine) else read_engine(source)
+    device = choose_device(str(device))
     words = None
     if engine.tokenizer is not None:
         words = PhraseTokenizer(engine.tokenizer, min(max_length, engine.config.encoder.max_text_tokens), overlong)

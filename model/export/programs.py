@@ -19,6 +19,10 @@ def to_program(graph: Graph) -> torch.export.ExportedProgram:
     with torch.enable_grad():
         program = torch.export.export(graph.module, graph.example(sizes), dynamic_shapes=shapes)
     _drop_unread(program)
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)  # it names the folders of the machine that exported
     return program
 
 
