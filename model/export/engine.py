@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import ModelConfig
-from utils.errors import CheckpointError, PromptError
+from utils.errors import CheckpointError, ModelError, PromptError
 from utils.precision import choose_device
 from utils.tokenizer import PhraseTokenizer
 
@@ -205,7 +205,7 @@ def runner_of(runtime: str, path: Path, device: torch.device) -> Runner:
 
     Raises:
         MissingPackageError: its runtime is absent. CheckpointError: an unknown runtime, or not a graph of it.
-        ModelError: the runtime cannot use the device.
+        ModelError: the runtime cannot use the device, or runs elsewhere.
     """
     if runtime == "onnx":
         from .onnx import OnnxRunner
@@ -215,6 +215,8 @@ def runner_of(runtime: str, path: Path, device: torch.device) -> Runner:
         from .pt2 import Pt2Runner
 
         return Pt2Runner(path, device)
+    if runtime == "tensorrt":
+        raise ModelError(f"{path.parent} is built for TensorRT, which runs it; here run onnx and pt2. Export as one")
     raise CheckpointError(f"{path.parent / DESCRIPTION}: unknown runtime {runtime!r}. Export the model again")
 
 

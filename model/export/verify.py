@@ -1,6 +1,6 @@
 """Whether a graph as written says what the model says."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,18 +40,19 @@ class Difference:
 
 
 @torch.inference_mode()
-def check(graph: Graph, runner: Runner, tolerance: float) -> list[Difference]:
+def check(graph: Graph, runner: Runner, tolerance: float, limits: Mapping[str, int] | None = None) -> list[Difference]:
     """Compare a graph with its module on inputs of several sizes.
 
     Args:
         runner: runs the graph as it was written.
         tolerance: largest absolute difference allowed.
+        limits: dynamic axis -> largest size that the runner takes, beside the graph's own.
 
     Raises:
         ModelError: it differs by more, in shape, or is not a number.
     """
     found = []
-    for sizes in _cases(graph):
+    for sizes in _cases(graph, {**graph.limits, **(limits or {})}):
         inputs = graph.example(sizes)
         expected = graph.module(*inputs)
         expected = expected if isinstance(expected, tuple) else (expected,)
@@ -75,9 +76,9 @@ def table(found: list[Difference], tolerance: float) -> str:
     return "\n".join([*lines, f"allowed: {tolerance:g}"])
 
 
-def _cases(graph: Graph) -> list[dict[str, int]]:
+def _cases(graph: Graph, limits: Mapping[str, int]) -> list[dict[str, int]]:
     axes = graph.axes
-    cases = [{axis: min(case[axis], graph.limits.get(axis, case[axis])) for axis in axes} for case in CHECKED]
+    cases = [{axis: min(case[axis], limits.get(axis, case[axis])) for axis in axes} for case in CHECKED]
     return [case for number, case in enumerate(cases) if case not in cases[:number]]
 
 
