@@ -25,7 +25,7 @@ from model.export.verify import check
 from model.predictor import ImagePredictor, load_predictor
 from model.registry import bundled_folder, model_config
 from model.types import ImageFeatures, Prompts
-from tests.conftest import PICO, ROOT, TOKENIZER, lively_model, make_picture
+from tests.conftest import ROOT, TOKENIZER, lively_model, make_picture
 from utils.errors import CheckpointError, MissingPackageError, ModelError, PromptError
 
 POINT_FAMILIES = ("sam", "sam2", "efficientvit_sam")
@@ -89,17 +89,15 @@ def same(one, other):
 
 CASES = [
     pytest.param("efficientvit_sam", "points", "pt2"),
-    pytest.param("sam", "points", "pt2"),
-    pytest.param("sam2", "phrases", "pt2"),
-    pytest.param("nano", "phrases", "onnx", marks=needs_onnx),
+    pytest.param("sam2", "points", "pt2"),
+    pytest.param("nano", "phrases", "pt2"),
     pytest.param("efficientvit_sam", "points", "onnx", marks=needs_onnx),
-    pytest.param("nano", "phrases", "pt2", marks=pytest.mark.slow),
-    pytest.param("sam2", "points", "pt2", marks=pytest.mark.slow),
-    pytest.param("sam", "phrases", "pt2", marks=pytest.mark.slow),
+    pytest.param("sam", "points", "pt2", marks=pytest.mark.slow),
+    pytest.param("sam2", "phrases", "pt2", marks=pytest.mark.slow),
     *(
         pytest.param(family, kind, "onnx", marks=[needs_onnx, pytest.mark.slow])
         for family, kind in (
-            ("sam", "points"), ("sam2", "points"), ("sam", "phrases"), ("sam2", "phrases"),
+            ("nano", "phrases"), ("sam", "points"), ("sam2", "points"), ("sam", "phrases"), ("sam2", "phrases"),
             ("efficient_sam", "phrases"), ("efficientvit_sam", "phrases"),
         )
     ),
@@ -452,9 +450,9 @@ class TestInference:
             vis_save_path=str(tmp_path / "out"), **{"prompt": ("the koala on the left", "koalas"), **values},
         )  # fmt: skip
 
-    @needs_onnx
-    def test_an_engine_of_nano_finds_what_nano_finds(self, engines, tmp_path):
-        folder, _ = engines("nano", "phrases", "onnx")
+    @pytest.mark.parametrize("runtime", ["pt2", pytest.param("onnx", marks=[needs_onnx, pytest.mark.slow])])
+    def test_an_engine_of_nano_finds_what_nano_finds(self, engines, tmp_path, runtime):
+        folder, _ = engines("nano", "phrases", runtime)
         options = self.options(folder, tmp_path, save_logits=True)
         assert image_runner.run(options) == 0
         predictor = load_predictor("nano", "cpu")
@@ -502,10 +500,10 @@ class TestInference:
 
 
 def test_read_engine_knows_what_it_takes(engines):
-    engine = read_engine(engines("sam2", "phrases", "pt2")[0])
+    engine = read_engine(engines("nano", "phrases", "pt2")[0])
     assert engine.takes_phrases
     assert set(engine.graphs) == {"image_encoder", "fusion", "decoder"}
-    assert engine.config.name == PICO["sam2"]
+    assert engine.config == model_config("nano")
 
 
 @pytest.mark.slow
