@@ -89,10 +89,10 @@ def same(one, other):
 
 CASES = [
     pytest.param("efficientvit_sam", "points", "pt2"),
-    pytest.param("sam2", "points", "pt2"),
     pytest.param("nano", "phrases", "pt2"),
     pytest.param("efficientvit_sam", "points", "onnx", marks=needs_onnx),
     pytest.param("sam", "points", "pt2", marks=pytest.mark.slow),
+    pytest.param("sam2", "points", "pt2", marks=pytest.mark.slow),
     pytest.param("sam2", "phrases", "pt2", marks=pytest.mark.slow),
     *(
         pytest.param(family, kind, "onnx", marks=[needs_onnx, pytest.mark.slow])
@@ -142,20 +142,21 @@ def test_an_engine_answers_as_its_model(engines, family, kind, runtime):
 
 @pytest.mark.parametrize("family", POINT_FAMILIES)
 class TestPointDecoder:
-    """The wrapped module against the model's own prompt encoder, before anything is exported."""
+    """The wrapped module against the model's own prompt encoder, in float64, before anything is exported."""
 
-    def setup(self, family):
+    def setup(self, family, single_mask=False):
         model = points_model(family)
-        first, *finer = Samples(model).features(1)
-        decoder = PointDecoder(model.segmenter, single_mask=False)
+        first, *finer = (level.double() for level in Samples(model).features(1))
+        decoder = PointDecoder(model.double().segmenter, single_mask)
 
         def decode(coords, labels):
             with torch.inference_mode():
-                return decoder(first, torch.tensor(coords), torch.tensor(labels), *finer)
+                return decoder(first, torch.tensor(coords).double(), torch.tensor(labels).double(), *finer)
 
-        def expected(**prompts):
+        def expected(sparse=None, **prompts):
             with torch.inference_mode():
-                sparse, _ = model.segmenter.encode_prompts(Prompts(**prompts))
+                if sparse is None:
+                    sparse, _ = model.segmenter.encode_prompts(Prompts(**prompts))
                 return model.segmenter.decode(ImageFeatures(first, tuple(finer)), sparse)
 
         return model, decode, expected
@@ -164,25 +165,26 @@ class TestPointDecoder:
         model, decode, expected = self.setup(family)
         coords, labels = [[[70.0, 55.0]]], [[1.0]]
         masks, iou = decode(coords, labels)
-        wanted = expected(points=torch.tensor(coords), labels=torch.tensor([[1]]))
-        assert torch.allclose(masks, wanted.logits, atol=1e-5)
-        assert torch.allclose(iou, wanted.iou, atol=1e-5)
+        wanted = expected(points=torch.tensor(coords).double(), labels=torch.tensor([[1]]))
+        assert torch.allclose(masks, wanted.logits, atol=1e-12)
+        assert torch.allclose(iou, wanted.iou, atol=1e-12)
         padded, _ = decode([[[70.0, 55.0], [0.0, 0.0]]], [[1.0, -1.0]])
-        assert torch.allclose(padded, masks, atol=1e-5)
-        bare = embed_points(model.segmenter, torch.tensor(coords), torch.tensor(labels))
-        first, *finer = Samples(model).features(1)
-        with torch.inference_mode():
-            without = model.segmenter.decode(ImageFeatures(first, tuple(finer)), bare)
-        assert (without.logits - masks).abs().max() > 1e-3
+        assert torch.allclose(padded, masks, atol=1e-12)
+        bare = embed_points(model.segmenter, torch.tensor(coords).double(), torch.tensor(labels).double())
+        assert (expected(bare).logits - masks).abs().max() > 1e-3
 
     def test_a_box_is_its_two_corners(self, family):
         _, decode, expected = self.setup(family)
         box = [30.0, 20.0, 170.0, 130.0]
         masks, _ = decode([[box[:2], box[2:]]], [[2.0, 3.0]])
-        assert torch.allclose(masks, expected(boxes=torch.tensor([box])).logits, atol=1e-5)
+        assert torch.allclose(masks, expected(boxes=torch.tensor([box]).double()).logits, atol=1e-12)
         both, _ = decode([[[70.0, 55.0], box[:2], box[2:]]], [[0.0, 2.0, 3.0]])
-        wanted = expected(boxes=torch.tensor([box]), points=torch.tensor([[[70.0, 55.0]]]), labels=torch.tensor([[0]]))
-        assert torch.allclose(both, wanted.logits, atol=1e-5)
+        wanted = expected(
+            boxes=torch.tensor([box]).double(),
+            points=torch.tensor([[[70.0, 55.0]]]).double(),
+            labels=torch.tensor([[0]]),
+        )
+        assert torch.allclose(both, wanted.logits, atol=1e-12)
 
     def test_each_prompt_of_a_call_keeps_its_own_rule(self, family):
         _, decode, _ = self.setup(family)
@@ -191,15 +193,14 @@ class TestPointDecoder:
         together, _ = decode(coords, labels)
         for row in range(3):
             alone, _ = decode(coords[row : row + 1], labels[row : row + 1])
-            assert torch.allclose(together[row : row + 1], alone, atol=1e-5)
+            assert torch.allclose(together[row : row + 1], alone, atol=1e-12)
 
     def test_single_mask_is_the_best_of_all_four(self, family):
-        model, decode, _ = self.setup(family)
-        first, *finer = Samples(model).features(1)
+        _, decode, _ = self.setup(family)
+        _, decode_one, _ = self.setup(family, single_mask=True)
         coords, labels = [[[70.0, 55.0]], [[20.0, 90.0]]], [[1.0], [1.0]]
         masks, iou = decode(coords, labels)
-        with torch.inference_mode():
-            one, score = PointDecoder(model.segmenter, True)(first, torch.tensor(coords), torch.tensor(labels), *finer)
+        one, score = decode_one(coords, labels)
         assert one.shape == (2, 1, *masks.shape[2:])
         for row in range(2):
             best = int(iou[row].argmax())
@@ -283,7 +284,7 @@ class TestVerification:
 
     def test_every_case_of_the_decoder_has_points_boxes_and_padding(self):
         labels = Samples(points_model("sam")).points({BATCH: 3, POINTS: 3})[2]
-        assert labels[0].isin(torch.tensor([0.0, 1.0])).all()
+        assert torch.isin(labels[0], torch.tensor([0.0, 1.0])).all()
         assert labels[1, :2].tolist() == [2.0, 3.0]
         assert labels[2, -1] == -1.0
 
@@ -314,19 +315,17 @@ class TestOptions:
         save_model(build_model(model_config("efficient-sam-pico")), tmp_path / "model")
         self.refused(ModelError, "takes no prompts", out=str(tmp_path / "e"), version=str(tmp_path / "model"))
 
-    def test_overwrite_replaces_all_of_it(self, engine_copy):
+    def test_overwrite_replaces_all_of_it(self, engine_copy, monkeypatch):
+        def write(model, graphs, folder, *rest):
+            assert (engine_copy / "old.onnx").is_file(), "gone before there is another"
+            (folder / "engine.json").write_text("{}")
+            return []
+
+        monkeypatch.setattr(build, "write_engine", write)
         (engine_copy / "old.onnx").write_text("")
-        version = engine_copy.with_name("model")
-        save_model(points_model("efficientvit_sam"), version)
-        args = ExportArgs(version=str(version), out=str(engine_copy), format="pt2", single_mask=True, overwrite=True)
-        build.run(args)
-        names = {path.name for path in engine_copy.iterdir()}
-        assert names == {"engine.json", "image_encoder.pt2", "decoder.pt2"}
-        assert {path.name for path in engine_copy.parent.iterdir()} == {"copy", "model"}
-        engine = load_engine(engine_copy)
-        engine.set_image(make_picture())
-        found = engine.predict(points=[[50.0, 40.0]])
-        assert found.masks.shape == (1, 120, 160)
+        build.run(ExportArgs(version="nano", out=str(engine_copy), format="pt2", overwrite=True))
+        assert {path.name for path in engine_copy.iterdir()} == {"engine.json"}
+        assert {path.name for path in engine_copy.parent.iterdir()} == {"copy"}
 
     def test_missing_packages_are_named(self, tmp_path, monkeypatch):
         monkeypatch.setattr(onnx.importlib.util, "find_spec", lambda name: None)
@@ -504,6 +503,22 @@ def test_read_engine_knows_what_it_takes(engines):
     assert engine.takes_phrases
     assert set(engine.graphs) == {"image_encoder", "fusion", "decoder"}
     assert engine.config == model_config("nano")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", POINT_FAMILIES)
+def test_an_engine_of_single_masks(family, tmp_path):
+    model = points_model(family)
+    engine = load_engine(export(model, tmp_path / "engine", "pt2", single_mask=True))
+    eager = ImagePredictor(model)
+    for predictor in (engine, eager):
+        predictor.set_image(make_picture())
+    found = engine.predict(points=[[50.0, 40.0]])
+    assert found.masks.shape == (1, 120, 160)
+    with torch.inference_mode():
+        prompts = eager._prompts([[50.0, 40.0]], None, None, None, 0, (120, 160))
+        iou = model(eager._image.features, prompts=prompts).prediction.iou
+    assert abs(float(iou.max()) - found.scores[0]) < TOLERANCE
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -77,12 +76,11 @@ class Fusion(nn.Module):
 
     def __init__(self, model: EVFModel) -> None:
         super().__init__()
-        self.encoder, self.projector = model.encoder, model.projector
-        self.encode_phrases = partial(EVFModel.encode_phrases, self)
+        self.model = model
 
     def forward(self, encoder_image: Tensor, token_ids: Tensor, padding_mask: Tensor, image_index: Tensor) -> Tensor:
         """See `EVFModel.encode_phrases`; padding is always given, all False where there is none."""
-        return self.encode_phrases(encoder_image, token_ids, padding_mask, image_index)[0]
+        return self.model.encode_phrases(encoder_image, token_ids, padding_mask, image_index)[0]
 
 
 class PhraseDecoder(nn.Module):
