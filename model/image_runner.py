@@ -67,7 +67,7 @@ def run(args: InferenceArgs) -> int:
     failed: list[str] = []
     if todo:
         predictor = load(args, ranks, question.kind)
-        require_kind(predictor, question, args.version)
+        require_kind(predictor, question, args.engine or args.version)
         failed = _work(args, predictor, question, todo, writer, settings, ranks, only)
     ranks.wait_for_all()
     if ranks.is_first:

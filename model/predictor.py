@@ -221,6 +221,8 @@ class ImagePredictor:
                 _slice(prompts, part),
             )
             found = output.prediction
+            if multimask and found.logits.shape[1] == 1:
+                raise PromptError(f"{model.config.name} has one mask per prompt here. Leave multimask out")
             logits, iou = (
                 (found.logits[:, 1:].flatten(0, 1), found.iou[:, 1:].flatten())
                 if multimask
