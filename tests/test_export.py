@@ -23,6 +23,7 @@ from model.export.graphs import BATCH, POINTS, PointDecoder, Samples, build_grap
 from model.export.programs import to_program
 from model.export.verify import check
 from model.predictor import ImagePredictor, load_predictor
+from model.prompts import read_prompts, to_input
 from model.registry import bundled_folder, model_config
 from model.types import ImageFeatures, Prompts
 from tests.conftest import ROOT, TOKENIZER, lively_model, make_picture
@@ -515,8 +516,9 @@ def test_an_engine_of_single_masks(family, tmp_path):
         predictor.set_image(make_picture())
     found = engine.predict(points=[[50.0, 40.0]])
     assert found.masks.shape == (1, 120, 160)
+    given = read_prompts((120, 160), [[50.0, 40.0]], None, None, None, side=64)
+    prompts = to_input(given, eager.prompt_spec, (120, 160), eager.model)
     with torch.inference_mode():
-        prompts = eager._prompts([[50.0, 40.0]], None, None, None, 0, (120, 160))
         iou = model(eager._image.features, prompts=prompts).prediction.iou
     assert abs(float(iou.max()) - found.scores[0]) < TOLERANCE
 

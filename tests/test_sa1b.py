@@ -25,6 +25,7 @@ from model import load_predictor
 from model.checkpoints.load import build_model, save_model
 from model.losses import hypothesis_losses
 from model.prompt_step import PromptStep, overlaps, prepare_prompted, prompt_inputs, published_names
+from model.prompts import read_prompts, to_input
 from model.registry import model_config
 from model.training import optimizer_groups
 from model.types import Prompts
@@ -467,7 +468,9 @@ def test_a_prompt_is_what_the_predictor_makes_of_it(data, tmp_path):
     predictor = load_predictor(tmp_path, "cpu")
     item = MaskFolder("flat", data / "flat").load(0)
     x, y, w, h = item.boxes[0]
-    prompts = predictor._prompts(None, None, [x, y, x + w, y + h], None, 0, item.image.shape[:2])
+    size = item.image.shape[:2]
+    given = read_prompts(size, None, None, [x, y, x + w, y + h], None, side=64)
+    prompts = to_input(given, predictor.prompt_spec, size, model)
     stream = open_prompt_stream(config(data, ["flat"], {"boxes": 1.0}))
     sample = replace(stream[0], item=item, chosen=np.array([0]), is_mirrored=False)
     batch = PromptCollate(model.segmenter.own_image_spec, 256)([sample])
