@@ -155,7 +155,59 @@ class EfficientViTSAMConfig:
         return sum(self.depths)
 
 
-SegmenterConfig = SAMConfig | SAM2Config | EfficientSAMConfig | EfficientViTSAMConfig
+@dataclass(frozen=True)
+class OVSAMConfig:
+    """Open-Vocabulary SAM: a CLIP ResNet, a neck of SAM blocks over its stages, one mask per prompt, and names."""
+
+    width: int
+    """Channels of the CLIP ResNet after its stem; the stages have 4, 8, 16 and 32 times as many."""
+    depths: tuple[int, int, int, int]
+    """Blocks of each stage."""
+    embed_width: int
+    """Channels of CLIP's common space, where regions and names are compared."""
+    clip_size: int
+    """Side of CLIP's own images; a 32nd of it is the grid that CLIP looks at a region with."""
+    text_width: int
+    text_heads: int
+    text_layers: int = 12
+    neck_width: int = 1280
+    neck_layers: int = 5
+    """Blocks of the neck, all but the last with windows."""
+    neck_heads: int = 16
+    window_size: int = 14
+    image_size: int = 1024
+
+    def __post_init__(self) -> None:
+        _require(
+            self.neck_width % self.neck_heads == 0,
+            f"segmenter neck_width {self.neck_width} is not a multiple of {self.neck_heads} heads",
+        )
+        _require(
+            self.text_width % self.text_heads == 0,
+            f"segmenter text_width {self.text_width} is not a multiple of {self.text_heads} heads",
+        )
+        _require(self.width % 2 == 0, f"segmenter width {self.width} is not even")
+        for name in ("image_size", "clip_size"):
+            value = getattr(self, name)
+            _require(value % 32 == 0, f"segmenter {name} {value} is not a multiple of 32")
+
+    @property
+    def layers(self) -> int:
+        """Blocks of all stages of the ResNet."""
+        return sum(self.depths)
+
+    @property
+    def stage_widths(self) -> tuple[int, ...]:
+        """Channels of the four stages, at strides 4, 8, 16 and 32."""
+        return tuple(self.width * 4 * 2**stage for stage in range(4))
+
+    @property
+    def pool_side(self) -> int:
+        """Side of the grid that the ResNet's attention pool reads."""
+        return self.clip_size // 32
+
+
+SegmenterConfig = SAMConfig | SAM2Config | EfficientSAMConfig | EfficientViTSAMConfig | OVSAMConfig
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ _WHERE = {
     "save_published": ".checkpoints.load",
     "load_predictor": ".predictor",
     "ImagePredictor": ".predictor",
+    "load_open_vocabulary": ".named_predictor",
+    "OpenVocabularyPredictor": ".named_predictor",
     "list_models": ".registry",
 }
 __all__ = list(_WHERE)

@@ -98,6 +98,11 @@ class MaskGenerator:
                 f"{self.model.config.name} takes no points, so it cannot segment everything. Take a SAM, SAM-2 or "
                 "EfficientViT-SAM model"
             )
+        if self.model.segmenter.masks_per_prompt == 1:
+            raise ModelError(
+                f"{self.model.config.name} makes one mask of a point and does not say how good it is, so it cannot "
+                "segment everything. Find the masks with another model, and name them with this one"
+            )
         counts = {"points_per_side": points_per_side, "points_per_batch": points_per_batch,
                   "crop_n_points_downscale_factor": crop_n_points_downscale_factor}  # fmt: skip
         for name, value in counts.items():

@@ -16,7 +16,7 @@ from .evf import EVFModel
 from .segmenters.base import PROMPT_WIDTH
 from .types import EncoderOutput
 
-TRAINED_DECODERS = frozenset({"sam", "efficient_sam", "efficientvit_sam"})
+TRAINED_DECODERS = frozenset({"sam", "efficient_sam", "efficientvit_sam", "ovsam"})
 """Families whose mask decoder and "no mask" prompt are trained; SAM-2 stays as it is (EVF-SAM, issue #45)."""
 
 
@@ -79,7 +79,12 @@ def leave_out_idle(model: EVFModel, loss: LossArgs = DEFAULT_LOSS, clip_frames: 
 
     The last encoder layer computes one vector, so its text half is idle; so are the mask token and,
     unless the loss has a term for it, the IoU head. A loss without masks leaves out the whole segmenter.
+
+    Raises:
+        TrainingError: a term for the predicted IoU of a segmenter that predicts none.
     """
+    if loss.iou and model.segmenter.masks_per_prompt == 1:
+        raise TrainingError(f"{model.config.name} predicts no IoU of its masks: the loss cannot have iou {loss.iou:g}")
     return leave_out_unreached(model, partial(_run_all, loss=loss, clip_frames=clip_frames))
 
 

@@ -128,6 +128,8 @@ class ImagePredictor:
         """
         if self._image is None:
             raise PromptError("no image set. Call set_image(image) first")
+        if multimask and self.model.segmenter.masks_per_prompt == 1:
+            raise PromptError(f"{self.model.config.name} makes one mask of a prompt. Leave multimask out")
         phrases = self._phrases(phrases, semantic)
         size = self._image.sizes[0]
         given = read_prompts(size, points, labels, boxes, masks, self.prompt_spec.size // 4, len(phrases))
@@ -221,8 +223,6 @@ class ImagePredictor:
                 _slice(prompts, part),
             )
             found = output.prediction
-            if multimask and found.logits.shape[1] == 1:
-                raise PromptError(f"{model.config.name} has one mask per prompt here. Leave multimask out")
             logits, iou = (
                 (found.logits[:, 1:].flatten(0, 1), found.iou[:, 1:].flatten())
                 if multimask

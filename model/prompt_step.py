@@ -128,6 +128,10 @@ def prepare_prompted(model: EVFModel, loss: LossArgs) -> Probe:
         raise ModelError(
             f"{model.config.name} takes no {' and no '.join(missing)}: train SAM, SAM-2 or EfficientViT-SAM on them"
         )
+    if model.segmenter.masks_per_prompt == 1:
+        raise ModelError(
+            f"{model.config.name} makes one mask of a prompt, and this training needs three to choose from"
+        )
     model.requires_grad_(True)
     return leave_out_unreached(model, partial(_read_both, has_scores=loss.iou > 0))
 

@@ -18,7 +18,7 @@ from utils.metrics import count_pixels
 
 from .evf import EVFModel
 from .predictor import MAX_PROMPTS, ImagePredictor, to_input
-from .segmenters.base import best_of_three
+from .segmenters.base import best_of_three, first_mask
 from .types import ImageFeatures, Prompts
 
 PROMPTS_ON_CPU = 4
@@ -55,7 +55,8 @@ def require_prompts(model: EVFModel, clicks: int | None) -> None:
 class PromptedEvaluator:
     """Asks a segmenter for the masks of a batch: each image is encoded once, its prompts are decoded together.
 
-    Of the three masks of a prompt the one with the best predicted IoU counts, whatever the prompt is.
+    Of the three masks of a prompt the one with the best predicted IoU counts, whatever the prompt is; where a family
+    makes one mask, that one.
 
     Args:
         predictor: of a model that takes points and boxes.
@@ -99,7 +100,8 @@ class PromptedEvaluator:
             part = slice(start, start + step)
             sparse, dense = self.segmenter.encode_prompts(_rows(scaled, part))
             prediction = self.segmenter.decode(features, sparse, dense, batch.image_index[part])
-            logits, iou = prediction.chosen(best_of_three(prediction))
+            choose = first_mask if self.segmenter.masks_per_prompt == 1 else best_of_three
+            logits, iou = prediction.chosen(choose(prediction))
             low.append(logits)
             scores.append(iou.float())
         logits = torch.cat(low)

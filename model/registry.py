@@ -10,6 +10,7 @@ from configs.schema import (
     EfficientSAMConfig,
     EfficientViTSAMConfig,
     ModelConfig,
+    OVSAMConfig,
     SAM2Config,
     SAMConfig,
     SegmenterConfig,
@@ -34,6 +35,7 @@ FAMILIES = {
     "sam2": Family(SAM2Config, "sam2", "SAM2Segmenter"),
     "efficient_sam": Family(EfficientSAMConfig, "efficient_sam", "EfficientSAMSegmenter"),
     "efficientvit_sam": Family(EfficientViTSAMConfig, "efficientvit_sam", "EfficientViTSAMSegmenter"),
+    "ovsam": Family(OVSAMConfig, "ovsam", "OVSAMSegmenter"),
 }
 
 RELEASED = {
@@ -109,6 +111,11 @@ def published_file(name: str) -> Path | None:
     if config.family != "efficientvit_sam" or config.encoder_name:
         return None
     return Path("assets", "checkpoints", "efficientvit_sam", f"{name.replace('-', '_')}.pt")
+
+
+def is_published_in_parts(name: str) -> bool:
+    """Return whether the weights of a registry name were published, but only as parts in several files."""
+    return name == "ovsam-rn50x16"
 
 
 def bundled_folder(name: str) -> Path | None:

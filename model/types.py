@@ -12,7 +12,8 @@ class ImageFeatures:
     """What a segmenter keeps of a batch of images; enough to answer any number of prompts.
 
     * `embedding`: float [B, C, h, w], the image embedding that the mask decoder reads.
-    * `high_res`: finer levels, finest first: () or ([B, C/8, 4h, 4w], [B, C/4, 2h, 2w]) for SAM 2.
+    * `high_res`: further levels, finest first: () or ([B, C/8, 4h, 4w], [B, C/4, 2h, 2w]) for SAM 2. For OVSAM what
+      names regions: a pyramid [B, C, 4h, 4w] to [B, C, h/2, w/2], then the ResNet's last stage, [B, D, h/2, w/2].
     """
 
     embedding: Tensor
@@ -48,8 +49,10 @@ class ImageFeatures:
 class MaskPrediction:
     """All masks of N prompts, before one of them is chosen.
 
-    * `logits`: float [N, M, 4h, 4w]; M = 4 mask tokens: the single-mask token, then three of growing extent.
-    * `iou`: float [N, M], the predicted IoU of each (in 0..1 for SAM 2, unbounded for SAM and EfficientSAM).
+    * `logits`: float [N, M, 4h, 4w]; M = 4 mask tokens: the single-mask token, then three of growing extent. M = 1 for
+      OVSAM.
+    * `iou`: float [N, M], the predicted IoU of each (in 0..1 for SAM 2, unbounded for SAM and EfficientSAM). OVSAM
+      predicts none: there it is the mask's stability, in 0..1.
     * `object_score`: float [N] logits that the object is there, SAM 2 with video weights only.
     * `tokens`: float [N, M, 256], what the decoder made of the mask tokens, SAM 2 only: a video remembers one of them.
     """

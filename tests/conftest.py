@@ -20,6 +20,7 @@ PICO = {
     "sam2": "evf-sam2-hiera-pico-pico",
     "efficient_sam": "evf-efficient-sam-pico-pico",
     "efficientvit_sam": "evf-efficientvit-sam-pico-pico",
+    "ovsam": "evf-ovsam-pico-pico",
 }
 """Family -> registry name of a model that is small enough to run in a test."""
 

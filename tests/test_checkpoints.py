@@ -241,7 +241,7 @@ def test_names():
 def test_every_name_builds(name):
     with torch.device("meta"):
         model = build_model(model_config(name))
-    assert model.config.name.startswith(("evf-", "sam", "efficient"))
+    assert model.config.name.startswith(("evf-", "sam", "efficient", "ovsam"))
     assert (model.encoder is not None) == (name.startswith("evf-") or name in BUNDLED)
 
 

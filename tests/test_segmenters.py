@@ -51,8 +51,8 @@ INDEX = torch.tensor([0, 0, 1, 2, 1])
 def test_one_call_equals_one_by_one(segmenter, pixels, sparse):
     features = segmenter.encode_image(pixels)
     together = segmenter.decode(features, sparse, image_index=INDEX)
-    assert together.logits.shape == (5, 4, 64, 64)
-    assert together.iou.shape == (5, 4)
+    assert together.logits.shape == (5, segmenter.masks_per_prompt, 64, 64)
+    assert together.iou.shape == (5, segmenter.masks_per_prompt)
     for i, image in enumerate(INDEX):
         alone = segmenter.decode(segmenter.encode_image(pixels[image][None]), sparse[i : i + 1])
         assert torch.allclose(together.logits[i], alone.logits[0], atol=1e-4)

@@ -212,12 +212,16 @@ def test_iou_loss_wants_zero_where_nothing_is_meant():
 @pytest.mark.parametrize("family", sorted(PICO))
 def test_every_term_trains_on_its_own(family):
     terms = {"pointing": 0.5, "contrast": 0.25, "prompt": 0.3, "regions": 0.7, "iou": 2.0}
+    if family == "ovsam":
+        with pytest.raises(TrainingError, match="predicts no IoU"):
+            make_step(family, ModelArgs(train_mask_decoder=True), LossArgs(**terms))
+        del terms["iou"]
     loss = LossArgs(**terms)
-    assert list(loss.terms()) == ["bce", "dice", *terms] and loss.terms()["iou"] == 2.0
+    assert list(loss.terms()) == ["bce", "dice", *terms] and loss.terms().get("iou", 2.0) == 2.0
     step = make_step(family, ModelArgs(train_mask_decoder=True), loss)
     batch = make_batch(step)
     losses = step(*BatchInputs(step)(batch))
-    assert losses.shape == (len(batch.phrases), 7) and losses.isfinite().all()
+    assert losses.shape == (len(batch.phrases), 2 + len(terms)) and losses.isfinite().all()
     plain = TrainingStep(step.model, LossArgs())(*BatchInputs(step)(batch))
     assert torch.allclose(losses[:, :2], plain)
     parts = {}
@@ -228,7 +232,7 @@ def test_every_term_trains_on_its_own(family):
         parts[name] = {part_of(step.model, key.removeprefix("model.")) for key in moved}
     assert parts["pointing"] == parts["contrast"] == {"encoder"} and parts["prompt"] == {"encoder", "projector"}
     assert "mask_decoder" in parts["regions"] and not parts["regions"] & {"encoder", "projector"}
-    assert "mask_decoder" in parts["iou"] and "encoder" in parts["bce"]
+    assert "encoder" in parts["bce"] and ("iou" not in parts or "mask_decoder" in parts["iou"])
 
 
 def test_iou_head_is_trained_only_where_the_loss_asks_for_it():
@@ -281,7 +285,7 @@ def test_what_is_trained_gets_a_gradient_and_nothing_else_does(family):
     segmenter = model.segmenter
     trained = {segmenter.part_of(name) for name, p in segmenter.named_parameters() if p.requires_grad}
     expected = {"sam": {"mask_decoder", "prompt_encoder"}, "efficient_sam": {"mask_decoder"}, "sam2": set()}
-    expected["efficientvit_sam"] = expected["sam"]
+    expected["efficientvit_sam"] = expected["ovsam"] = expected["sam"]
     assert trained == expected[family]
     step(*BatchInputs(step)(make_batch(step))).sum().backward()
     for name, parameter in step.named_parameters():

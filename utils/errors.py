@@ -30,6 +30,10 @@ class CheckpointError(TextSAMError):
     """A checkpoint is missing, unsafe, incomplete or does not fit the model."""
 
 
+class VocabularyError(TextSAMError):
+    """A vocabulary, or a list of names, is missing, empty, repeated or does not fit the model."""
+
+
 class DataError(TextSAMError):
     """A data set is unknown, incomplete, unsafe or holds something that cannot be a mask or a phrase."""
 

@@ -49,17 +49,17 @@ class ImageSpec:
     * `resize`: `letterbox` keeps the aspect ratio, scales the longest side to `size` and pads right and bottom with 0
       after normalising; `square` scales both sides to `size`.
     * `filter`: `pillow-bilinear` or `pillow-bicubic` (antialiased, on uint8), `torch-bilinear` (on uint8, not
-      antialiased), `torch-bicubic` (on float, not antialiased, not clamped) or `torch-antialias` (bilinear on float,
-      antialiased).
+      antialiased), `torch-bicubic` (on float, not antialiased, not clamped), `torch-antialias` (bilinear on float,
+      antialiased) or `cv2-linear` (OpenCV's bilinear, on uint8, not antialiased).
     * `mean`, `std`: per channel, on the scale 0..`scale`.
     * `scale`: 255 keeps the byte values, 1 divides by 255 first.
     """
 
     size: int
     resize: Literal["letterbox", "square"] = "square"
-    filter: Literal["pillow-bilinear", "pillow-bicubic", "torch-bilinear", "torch-bicubic", "torch-antialias"] = (
-        "torch-bilinear"
-    )
+    filter: Literal[
+        "pillow-bilinear", "pillow-bicubic", "torch-bilinear", "torch-bicubic", "torch-antialias", "cv2-linear"
+    ] = "torch-bilinear"
     mean: tuple[float, float, float] = SAM_MEAN
     std: tuple[float, float, float] = SAM_STD
     scale: float = 255.0
@@ -90,6 +90,11 @@ class ImageSpec:
             kind = Image.Resampling.BILINEAR if self.filter == "pillow-bilinear" else Image.Resampling.BICUBIC
             resized = Image.fromarray(image).resize(size[::-1], kind)
             return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+        if self.filter == "cv2-linear":
+            import cv2
+
+            resized = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+            return torch.from_numpy(resized).permute(2, 0, 1)
         pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
         if self.filter == "torch-bilinear":
             return F.interpolate(pixels, size, mode="bilinear", align_corners=False)[0]

@@ -13,6 +13,7 @@ from ..registry import depth_of, find_config
 from .beit3 import BEIT3
 from .efficient_sam import EFFICIENT_SAM
 from .efficientvit_sam import EFFICIENTVIT_SAM
+from .ovsam import OVSAM
 from .rules import Format, Section
 from .sam import SAM
 from .sam2 import SAM2, SAM2_IN_EVF
@@ -39,6 +40,7 @@ class PublishedSegmenter:
 
 SEGMENTERS = {
     "efficientvit_sam": PublishedSegmenter(EFFICIENTVIT_SAM, EFFICIENTVIT_SAM, "image_encoder.backbone."),
+    "ovsam": PublishedSegmenter(OVSAM, OVSAM, "neck.level_encoding."),
     "sam": PublishedSegmenter(SAM, SAM, "mask_decoder.output_upscaling."),
     "sam2": PublishedSegmenter(SAM2_IN_EVF, SAM2, "sam_mask_decoder.", "image_encoder.trunk."),
     "efficient_sam": PublishedSegmenter(EFFICIENT_SAM, EFFICIENT_SAM, "mask_decoder.final_output_upscaling_layers."),
@@ -81,6 +83,10 @@ def segmenter_shape(shapes: Shapes, prefix: str, family: str) -> tuple[int, int]
     """Return (width, layers) of the segmenter's image encoder, (0, 0) where its tensors are absent."""
     if family == "efficientvit_sam":
         return _stages_shape(shapes, f"{prefix}image_encoder.backbone.stages.")
+    if family == "ovsam":
+        width = shapes.get(f"{prefix}backbone.stem.6.weight", (0,))[0]
+        stages = (_count(shapes, re.escape(f"{prefix}backbone.layer{i}.") + r"(\d+)\.") for i in range(1, 5))
+        return width, sum(stages)
     trunk = prefix + SEGMENTERS[family].trunk
     width = shapes.get(f"{trunk}patch_embed.proj.weight", (0,))[0]
     return width, _count(shapes, re.escape(trunk) + r"blocks\.(\d+)\.")

@@ -15,6 +15,8 @@ from torch import Tensor
 from utils.errors import CheckpointError
 from utils.files import atomic_path
 
+from .torchscript import is_torchscript, read_torchscript
+
 RELEASE_BYTES = 48 << 20
 """A mapping is closed and opened again after this many bytes were copied out of it, so that its pages are freed."""
 
@@ -82,15 +84,33 @@ class TensorFile:
 
 
 def _load_pickle(path: Path, entries: tuple[str, ...]) -> dict[str, Tensor]:
+    content = load_tensors(path)
+    if isinstance(content, dict):
+        content = next((content[name] for name in entries if isinstance(content.get(name), dict)), content)
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise CheckpointError(f"{path} holds no table of named tensors. Pass the published weights file")
+    return content
+
+
+def load_tensors(path: Path) -> Any:
+    """Return what `torch.save` wrote, memory-mapped where the file allows it; nothing that could run code is read.
+
+    Of a TorchScript archive it is the tensors by name.
+
+    Raises:
+        CheckpointError: damaged, or it holds more than tensors in plain containers.
+    """
+    if is_torchscript(path):
+        return read_torchscript(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch warns of a pickle protocol, then refuses the file
             try:
-                content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             except RuntimeError as error:
                 if "mmap" not in str(error):
                     raise
-                content = torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6
+                return torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path} is not a file of tensors alone: it is no PyTorch checkpoint, or it would run code when loaded. "
@@ -99,11 +119,6 @@ def _load_pickle(path: Path, entries: tuple[str, ...]) -> dict[str, Tensor]:
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint ({reason}). Download it again") from None
-    if isinstance(content, dict):
-        content = next((content[name] for name in entries if isinstance(content.get(name), dict)), content)
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CheckpointError(f"{path} holds no table of named tensors. Pass the published weights file")
-    return content
 
 
 class Checkpoint:

@@ -20,9 +20,18 @@ from utils.tokenizer import find_tokenizer
 
 from ..encoders.beit3 import BEiT3
 from ..evf import EVFModel
-from ..registry import FAMILIES, bundled_folder, find_config, hub_id, list_models, model_config, published_file
+from ..registry import (
+    FAMILIES,
+    bundled_folder,
+    find_config,
+    hub_id,
+    is_published_in_parts,
+    list_models,
+    model_config,
+    published_file,
+)
 from ..segmenters.base import Segmenter
-from . import evf_sam
+from . import evf_sam, ovsam
 from .beit3 import BEIT3, PREFIX
 from .files import Checkpoint, read_json, write_bin_shards, write_safetensors
 from .rules import OURS, KeyMap, Section, check_keys, named_tensors
@@ -51,7 +60,7 @@ class Source:
     """A resolved checkpoint: where it is, what it is."""
 
     path: Path
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | ovsam.PartFiles
     config: ModelConfig
     sections: tuple[Section, ...]
     """How its keys map to ours."""
@@ -124,6 +133,10 @@ def resolve(source: str | Path) -> Source:
     if path.is_file():
         return _plain_file(path)
     config_file = path / "config.json"
+    if not config_file.is_file() and (files := ovsam.part_files(path)):
+        parts = ovsam.PartFiles(files)
+        parts.require_all()
+        return _ovsam_source(path, parts)
     if not config_file.is_file():
         raise CheckpointError(
             f"{path} has no config.json. Needed is a folder in the published EVF-SAM layout "
@@ -157,6 +170,10 @@ def find_source(source: str | Path) -> Path:
                     f"{name} is looked for at {file}, which is not there. Download it, or pass its path"
                 )
             return file
+        if is_published_in_parts(name):
+            raise ModelError(
+                f"{name} was published in four files. Put them together (tools/assemble_ovsam.py), pass the folder"
+            )
         repository = hub_id(name)
         if repository is None:
             raise ModelError(
@@ -191,17 +208,32 @@ def _plain_file(path: Path) -> Source:
     checkpoint = Checkpoint(path, ("model", "state_dict"))
     family = evf_sam.family_of(checkpoint.shapes, "")
     if family is None:
-        kind = (
-            "BEiT-3 weights: pass them as encoder_checkpoint of a registry name"
-            if any(name.startswith(PREFIX) for name in checkpoint.shapes)
-            else "of no known format"
-        )
+        kind = "of no known format"
+        if any(name.startswith(PREFIX) for name in checkpoint.shapes):
+            kind = "BEiT-3 weights: pass them as encoder_checkpoint of a registry name"
+        elif ovsam.is_part(checkpoint.shapes):
+            kind = "one part of Open-Vocabulary SAM: put it together with the others by tools/assemble_ovsam.py"
         raise CheckpointError(
             f"{path} is {kind}. A model file is of SAM, SAM-2, EfficientSAM or EfficientViT-SAM; a folder of EVF-SAM"
         )
     config = find_config(family, *evf_sam.segmenter_shape(checkpoint.shapes, "", family), None)
     config = _with_video(config, checkpoint, "")
     return Source(path, checkpoint, config, (Section("segmenter.", "", evf_sam.SEGMENTERS[family].plain),))
+
+
+def _ovsam_source(path: Path, parts: ovsam.PartFiles) -> Source:
+    config = find_config("ovsam", *evf_sam.segmenter_shape(parts.shapes, "", "ovsam"), None)
+    return Source(path, parts, config, (Section("segmenter.", "", ovsam.OVSAM),))
+
+
+def assemble_ovsam(parts: ovsam.PartFiles) -> EVFModel:
+    """Put Open-Vocabulary SAM together from published files, on the CPU in float32.
+
+    Raises:
+        CheckpointError: a part is missing, or does not fit the others.
+    """
+    parts.require_all()
+    return fill_model(_ovsam_source(Path(parts.source), parts), torch.device("cpu"), None)
 
 
 def _with_video(config: ModelConfig, checkpoint: Checkpoint, prefix: str) -> ModelConfig:

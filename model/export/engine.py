@@ -132,6 +132,7 @@ class EngineModel(EVFModel):
         segmenter.prompt_kinds = frozenset() if engine.takes_phrases else frozenset({"points", "boxes"})
         segmenter._encode_prompts = self._points_of
         if engine.single_mask:
+            segmenter.masks_per_prompt = 1
             segmenter.select_for_prompts = lambda prediction, is_ambiguous: prediction.iou.argmax(dim=1)
 
     @property

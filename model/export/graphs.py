@@ -154,9 +154,15 @@ def build_graphs(model: EVFModel, single_mask: bool = False) -> list[Graph]:
     """Cut a model into its graphs.
 
     Raises:
-        ModelError: a model that takes neither phrases nor points, or `single_mask` with phrases.
+        ModelError: a model that takes neither phrases nor points, one of another kind of decoder, or `single_mask`
+            with phrases.
     """
     segmenter, samples = model.segmenter, Samples(model)
+    if segmenter.masks_per_prompt != MASKS:
+        raise ModelError(
+            f"{model.config.name} has a decoder that is not exported. Export a SAM, SAM-2, EfficientSAM "
+            "or EfficientViT-SAM model"
+        )
     if model.encoder is None and "points" not in segmenter.prompt_kinds:
         raise ModelError(f"{model.config.name} alone takes no prompts. Export an EVF-SAM model of it")
     if model.encoder is not None and single_mask:

@@ -44,6 +44,8 @@ class Segmenter(nn.Module):
     """Which geometric prompts the family has weights for: `points`, `boxes`, `masks`."""
     pads_boxes = False
     """Whether boxes are followed by a padding point too, as points without a box are."""
+    masks_per_prompt: int = 4
+    """M, the masks that `decode` returns of each prompt."""
     parts: Mapping[str, tuple[str, ...]]
     """Part -> how the names of its parameters begin; the first that fits counts. `image_encoder` is what
     `encode_image` reads; `prompt_encoder` is what a phrase alone needs of it; the rest is never trained."""

@@ -15,14 +15,19 @@ class PromptedSAM(Segmenter):
     Args:
         side: of the frame that prompts are placed on, in pixels.
         eps: of the decoder's layer norms.
+        masks: that the decoder makes of a prompt.
     """
 
     prompt_kinds = frozenset({"points", "boxes", "masks"})
     parts = SAM_PARTS
 
-    def __init__(self, side: int, eps: float) -> None:
+    def __init__(self, side: int, eps: float, masks: int = 4) -> None:
         super().__init__()
-        library = LibraryConfig(prompt_encoder_config={"image_size": side}, mask_decoder_config={"layer_norm_eps": eps})
+        library = LibraryConfig(
+            prompt_encoder_config={"image_size": side},
+            mask_decoder_config={"layer_norm_eps": eps, "num_multimask_outputs": masks - 1},
+        )
+        self.masks_per_prompt = masks
         self.prompt_encoder = SamPromptEncoder(library)
         library.mask_decoder_config._attn_implementation = library._attn_implementation or "sdpa"
         self.mask_decoder = SamMaskDecoder(library.mask_decoder_config)

@@ -21,7 +21,7 @@ from model.registry import model_config
 from utils.files import write_json
 
 CONFORMANCE = Path(__file__).parents[3] / "shared" / "conformance"
-EVF, EFFICIENTVIT = CONFORMANCE / "evf-sam", CONFORMANCE / "efficientvit-sam"
+EVF, EFFICIENTVIT, OVSAM = (CONFORMANCE / name for name in ("evf-sam", "efficientvit-sam", "ovsam"))
 
 needs_golden_data = pytest.mark.skipif(
     not EVF.is_dir(), reason="the golden data of the published code (../shared/conformance) is not here"
@@ -53,7 +53,8 @@ def fill_module() -> ModuleType:
 
 def manifest(name: str) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of every tensor of a published checkpoint, in its order."""
-    root = EFFICIENTVIT if name.startswith("efficientvit") else EVF
+    starts = {"efficientvit": EFFICIENTVIT, "ovsam": OVSAM, "clip2sam": OVSAM, "sam2clip": OVSAM, "openai-clip": OVSAM}
+    root = next((root for start, root in starts.items() if name.startswith(start)), EVF)
     return {key: tuple(shape) for key, shape in json.loads((root / "manifests" / f"{name}.json").read_text())}
 
 

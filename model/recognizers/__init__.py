@@ -1,0 +1,1 @@
+"""What says what a region shows."""
