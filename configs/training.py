@@ -328,8 +328,9 @@ class TrainConfig:
         if kind == "clips":
             wrong = sorted(terms - CLIP_TERMS)
             _require(not wrong, f"loss.{' and loss.'.join(wrong)}: clips know {', '.join(sorted(CLIP_TERMS))} alone")
-            for name in ("flip", "stray_words", "feature_cache"):
+            for name in ("flip", "stray_words", "feature_cache", "rates", "skip_missing"):
                 _require(not getattr(self.data, name), f"data.{name} is for images. Leave it out, or data.clip_frames")
+            _require(self.data.sampling == "random", "data.sampling is for images: clips are drawn at random")
         if kind == "prompts":
             wrong = sorted(terms - PROMPT_TERMS)
             _require(not wrong, f"loss.{' and loss.'.join(wrong)}: boxes and points know bce, dice and iou alone")

@@ -326,6 +326,9 @@ def test_families_without_memory(family):
         ({"clip_frames": 4, "flip": 0.5}, {}, "data.flip is for images"),
         ({"clip_frames": 4, "stray_words": 0.5}, {}, "data.stray_words is for images"),
         ({"clip_frames": 4, "feature_cache": "x"}, {}, "data.feature_cache is for images"),
+        ({"clip_frames": 4, "rates": (1.0,)}, {}, "data.rates is for images"),
+        ({"clip_frames": 4, "skip_missing": True}, {}, "data.skip_missing is for images"),
+        ({"clip_frames": 4, "sampling": "shuffle"}, {}, "data.sampling is for images"),
     ],
 )
 def test_options_that_do_not_fit(data, loss, text):
