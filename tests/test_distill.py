@@ -1,10 +1,5 @@
 """Distillation: folders of images, the stream, the step, the teacher's cache, and train.py as a user runs it."""
 
-import importlib
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +18,8 @@ from model.checkpoints.load import build_model, load_model, save_model
 from model.distill_step import DistillStep, Teacher, load_teacher, prepare_student, take_decoder
 from model.everything import MaskGenerator
 from model.registry import model_config
-from tests.conftest import PICO, ROOT, make_picture
+from tests.conftest import PICO, make_picture
+from tests.train_command import curve, records, train, train_processes
 from utils.embedding_validation import EmbeddingValidation, draw_sheet, principal_colours, summarise
 from utils.engine import AccelerateEngine, OptimizerSettings
 from utils.errors import DataError, ImageError, ModelError, TrainingError
@@ -338,34 +334,6 @@ def test_colours_are_the_main_directions():
 
 
 # train.py
-
-
-def train(*options):
-    """Run train.py in this process, which spares its start; return its status."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *map(str, options)])
-        return importlib.import_module("train").main()
-
-
-def train_processes(*options, ranks=1):
-    """Run train.py as a user does."""
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
-    return subprocess.run(
-        [*launcher, "train.py", *map(str, options)], cwd=ROOT, env=kept | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-
-
-def records(folder, group="train"):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["group"] == group]
-
-
-def curve(folder):
-    return np.array([[row["loss"], row["grad_norm"]] for row in records(folder)])
 
 
 def options(images, teacher, out, batch=2, steps=6):

@@ -3,9 +3,7 @@
 import importlib
 import io
 import json
-import os
 import pickle
-import subprocess
 import sys
 import tarfile
 from dataclasses import replace
@@ -29,8 +27,8 @@ from model.prompts import read_prompts, to_input
 from model.registry import model_config
 from model.training import optimizer_groups
 from model.types import Prompts
-from tests.conftest import ROOT
 from tests.sa1b_layouts import annotation, draw, write_flat, write_repository, write_shard
+from tests.train_command import curve, records, train, train_processes
 from utils.errors import DataError, ImageError, ModelError, TextSAMError, TrainingError
 from utils.image import read_image
 from utils.mask_validation import boundary_iou, mask_iou
@@ -583,34 +581,6 @@ def options(data, start, out, sets="flat", batch=2, steps=6):
         "--optim.clip", 0, "--optim.clip_value", 2, "--optim.decay", "names", "--optim.weight_decay", "0.1",
         "--optim.schedule", "constant", "--run.out", out, "--run.log_every", 1, "--run.device", "cpu", "--val.every", 3,
     ]  # fmt: skip
-
-
-def train(*arguments):
-    """Run train.py in this process, which spares its start; return its status."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        return importlib.import_module("train").main()
-
-
-def train_processes(*arguments, ranks=1):
-    """Run train.py as a user does."""
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
-    return subprocess.run(
-        [*launcher, "train.py", *map(str, arguments)], cwd=ROOT, env=kept | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-
-
-def records(folder, group="train"):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["group"] == group]
-
-
-def curve(folder):
-    return np.array([[row["loss"], row["grad_norm"]] for row in records(folder)])
 
 
 def test_a_run_from_shards_measures_itself_and_can_be_prompted(data, start, tmp_path):

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from .distributed import Ranks
 from .evaluation_report import folder_name
 from .evaluator import gather
-from .metrics import mean_numbers
-from .visualize import save_picture
+from .metrics import over_sets
+from .visualize import save_picture, thumbnail
 
 PICTURES, TILE = 6, 192
 """Images on a sheet, and the side of each of its tiles in pixels."""
@@ -58,11 +58,7 @@ class EmbeddingValidation:
         `explained` is the share of the teacher's variance that the student explains: 1 is a perfect copy, 0 is no
         better than the mean of each channel. It grows as `mse` falls.
         """
-        rows = {name: self._measure(name, module, step) for name in self.sets}
-        if len(rows) < 2:
-            return dict(next(iter(rows.values()), {}))
-        mean = mean_numbers(list(rows.values()), ("explained", *COLUMNS))
-        return mean | {f"{name}/{key}": value for name, row in rows.items() for key, value in row.items()}
+        return over_sets({name: self._measure(name, module, step) for name in self.sets}, ("explained", *COLUMNS))
 
     def _measure(self, name: str, module: nn.Module, step: int) -> dict[str, float]:
         entry, found = self.sets[name], []
@@ -115,7 +111,7 @@ def draw_sheet(rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> np.
     to_colours = principal_colours(np.concatenate([teacher.reshape(len(teacher), -1).T for _, _, teacher in rows]))
     return np.concatenate(
         [
-            np.concatenate([_thumbnail(image), *(_enlarge(to_colours(one)) for one in (student, teacher))], axis=1)
+            np.concatenate([thumbnail(image, TILE), *(_enlarge(to_colours(one)) for one in (student, teacher))], axis=1)
             for image, student, teacher in rows
         ]
     )
@@ -139,15 +135,6 @@ def principal_colours(vectors: np.ndarray) -> Any:
         return ((parts - low) / (high - low).clamp(min=1e-12) * 255).clamp(0, 255).round().byte().numpy()
 
     return paint
-
-
-def _thumbnail(image: np.ndarray) -> np.ndarray:
-    """Return an image on a white square, its proportions kept."""
-    scale = TILE / max(image.shape[:2])
-    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    tile = np.full((TILE, TILE, 3), 255, np.uint8)
-    tile[: size[1], : size[0]] = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    return tile
 
 
 def _enlarge(colours: np.ndarray) -> np.ndarray:

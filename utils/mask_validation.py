@@ -15,8 +15,8 @@ from tqdm import tqdm
 from .distributed import Ranks
 from .evaluation_report import folder_name
 from .evaluator import gather
-from .metrics import mean_numbers
-from .visualize import overlay, save_picture
+from .metrics import over_sets
+from .visualize import overlay, save_picture, thumbnail
 
 BOUNDARY = 0.02
 """How deep the boundary of a mask goes, as a share of the image's diagonal (arXiv 2103.16562)."""
@@ -51,11 +51,7 @@ class MaskValidation:
 
         The masks are those of boxes, the best of three by predicted IoU, at the resolution of the network's input.
         """
-        rows = {name: self._measure(name, module, step) for name in self.sets}
-        if len(rows) < 2:
-            return dict(next(iter(rows.values()), {}))
-        mean = mean_numbers(list(rows.values()), NAMES)
-        return mean | {f"{name}/{key}": value for name, row in rows.items() for key, value in row.items()}
+        return over_sets({name: self._measure(name, module, step) for name in self.sets}, NAMES)
 
     def _measure(self, name: str, module: nn.Module, step: int) -> dict[str, float]:
         entry, found = self.sets[name], []
@@ -118,13 +114,5 @@ def _draw_sheet(rows: Sequence[_Row], dataset: Any) -> np.ndarray:
         height, width = pairs[0][0].shape
         image = cv2.resize(dataset.load(index).item.image, (width, height), interpolation=cv2.INTER_AREA)
         pictures = [overlay(image, np.stack([pair[which] for pair in pairs])) for which in (1, 0)]
-        sheet.append(np.concatenate([_tile(picture) for picture in pictures], axis=1))
+        sheet.append(np.concatenate([thumbnail(picture, TILE) for picture in pictures], axis=1))
     return np.concatenate(sheet)
-
-
-def _tile(picture: np.ndarray) -> np.ndarray:
-    scale = TILE / max(picture.shape[:2])
-    size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
-    tile = np.full((TILE, TILE, 3), 255, np.uint8)
-    tile[: size[1], : size[0]] = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
-    return tile

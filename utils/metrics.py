@@ -164,6 +164,19 @@ def mean_numbers(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dic
     return {name: math.fsum(row[name] for row in rows) / len(rows) for name in shared}
 
 
+def over_sets(rows: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
+    """Return the metrics of the one set there is; of several the means of some, and all of each as `set/metric`.
+
+    Args:
+        rows: set -> metrics.
+        names: of the metrics that have a mean.
+    """
+    if len(rows) < 2:
+        return dict(next(iter(rows.values()), {}))
+    mean = mean_numbers(list(rows.values()), names)
+    return mean | {f"{name}/{key}": value for name, row in rows.items() for key, value in row.items()}
+
+
 def published_scores(results: Sequence[PhraseResult], world: int = 1) -> dict[str, float | int]:
     """Return cIoU and gIoU by the arithmetic of the published eval.py, quirks included.
 

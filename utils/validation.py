@@ -13,7 +13,7 @@ from .distributed import Ranks
 from .evaluation_report import CASES, Case, draw_sheet, find_empty_pixels, folder_name
 from .evaluator import evaluate, gather, gather_results
 from .masks import encode_rle
-from .metrics import PhraseResult, mean_numbers, summarise
+from .metrics import PhraseResult, mean_numbers, over_sets, summarise
 from .video_evaluator import evaluate_clip, follow_clip
 from .video_evaluator import summarise as summarise_clips
 from .visualize import overlay, save_picture, with_legend
@@ -69,13 +69,7 @@ class Validation:
             module: a `model.training.TrainingStep` in evaluation mode, with whole weights.
             step: names the pictures.
         """
-        rows = {name: self._measure(name, module.model, step) for name in self.sets}
-        if not rows:
-            return {}
-        mean = mean_numbers(list(rows.values()), ("ciou", "giou"))
-        if len(rows) == 1:
-            return dict(next(iter(rows.values())))
-        return mean | {f"{name}/{key}": value for name, row in rows.items() for key, value in row.items()}
+        return over_sets({name: self._measure(name, module.model, step) for name in self.sets}, ("ciou", "giou"))
 
     def _measure(self, name: str, model: Any, step: int) -> dict[str, float]:
         entry, sheet = self.sets[name], _FirstCases()

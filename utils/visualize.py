@@ -104,6 +104,15 @@ def with_legend(picture: np.ndarray, texts: Sequence[str]) -> np.ndarray:
     return np.array(canvas)
 
 
+def thumbnail(picture: np.ndarray, side: int) -> np.ndarray:
+    """Return a picture on a white square, uint8 RGB [side, side, 3], its proportions kept."""
+    scale = side / max(picture.shape[:2])
+    size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
+    tile = np.full((side, side, 3), 255, np.uint8)
+    tile[: size[1], : size[0]] = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    return tile
+
+
 def save_picture(path: Path, picture: np.ndarray) -> None:
     """Write uint8 RGB [H, W, 3], or uint16 [H, W], as PNG, atomically."""
     with atomic_path(path) as temporary:
