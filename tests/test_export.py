@@ -468,7 +468,8 @@ class TestInference:
         folder, _ = engines("efficientvit_sam", "points", "pt2")
         one = self.options(folder, tmp_path)
         digests = {
-            image_runner.settings_digest(dataclasses.replace(one, engine=engine), []) for engine in (None, "x", one.engine)
+            image_runner.settings_digest(dataclasses.replace(one, engine=engine), [])
+            for engine in (None, "x", one.engine)
         }
         assert len(digests) == 3
 
