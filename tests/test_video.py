@@ -287,8 +287,8 @@ def test_what_cannot_be_done_is_said(model, frames):
         video.add_phrases(["one", "two"], object_ids=[1, 1])
     for ask, says in (
         (lambda: video.add_points([[1, 2, 3]]), "points have shape"),
-        (lambda: video.add_points([[1, 2]], [2]), "1 points need as many labels"),
-        (lambda: video.add_box([1, 2, 3]), "box have shape"),
+        (lambda: video.add_points([[1, 2]], [2]), "label 2: labels are"),
+        (lambda: video.add_box([1, 2, 3]), "boxes have shape"),
         (lambda: video.add_mask(np.zeros((5, 5), bool)), r"mask of \[5, 5\]"),
         (lambda: video.add_mask(np.zeros((5, 5))), "mask is float64"),
     ):
