@@ -31,7 +31,7 @@ FLOOR = 0.45
 LABELS = (2, 4, 3)
 """Of the demo's phrases: swan, hourglass, biggest pill."""
 VIDEO_FLOOR = 0.3
-"""Mean IoU of the demo's phrases on four frames; 0.34 was measured: the clip is twice as long as those it learned from."""
+"""Mean IoU of the demo's phrases on four frames, 0.34 when written: the clip is longer than those it learned from."""
 
 
 @pytest.fixture(scope="module")
