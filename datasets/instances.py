@@ -10,14 +10,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from utils.distributed import Ranks
 from utils.errors import DataError
 from utils.image import MAX_PIXELS, ImageSpec, read_image
 
 from .annotations import CocoImage
-from .mixture import ErrorsAsValues, ValueOrError, leave_stopping_to_parent, raise_errors, spread
+from .loading import evaluation_batches
+from .mixture import spread
 from .raster import encode, rasterise
 from .regions import Part
 from .sample import move
@@ -157,17 +157,12 @@ class InstanceSet:
     def batches(
         self, spec: ImageSpec, indices: Sequence[int], batch_size: int, ranks: Ranks, workers: int
     ) -> Iterator[InstanceBatch]:
-        """Yield this rank's share of the batches; a batch is the same on any number of ranks.
+        """Return this rank's share of the batches; see `evaluation_batches`.
 
         Raises:
             TextSAMError: what was wrong with a file of an image.
         """
-        batches = ranks.share([list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)])
-        loader = DataLoader(
-            ErrorsAsValues(self), batch_sampler=batches, collate_fn=ValueOrError(Pack(spec)), num_workers=workers,
-            worker_init_fn=leave_stopping_to_parent,
-        )  # fmt: skip
-        yield from raise_errors(loader)
+        return evaluation_batches(self, Pack(spec), indices, batch_size, ranks, workers)
 
     def truth(self, indices: Sequence[int]) -> dict[str, list]:
         """Return a COCO file of some of the images, masks as compressed RLE: what average precision is measured by.

@@ -1,7 +1,7 @@
 """One image, many phrases: the image is encoded once, K phrases cost one encoder batch and one decoder call."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -220,7 +220,7 @@ class ImagePredictor:
                 None if ids is None else ids[part],
                 None if padding is None else padding[part],
                 image_index[part],
-                _slice(prompts, part),
+                prompts[part],
             )
             found = output.prediction
             logits, iou = (
@@ -250,13 +250,6 @@ class ImagePredictor:
 
 def _join(parts: tuple[np.ndarray, ...]) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _slice(prompts: Prompts, part: slice) -> Prompts | None:
-    if not prompts:
-        return None
-    values = {name: getattr(prompts, name) for name in ("points", "labels", "boxes", "masks")}
-    return replace(prompts, **{name: None if value is None else value[part] for name, value in values.items()})
 
 
 def load_predictor(

@@ -1,7 +1,7 @@
 """Points and boxes on annotated images: the masks a segmenter answers with, counted against what was drawn."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -98,7 +98,7 @@ class PromptedEvaluator:
         step = PROMPTS_ON_CPU if self.model.device.type == "cpu" else MAX_PROMPTS
         for start in range(0, len(batch.image_index), step):
             part = slice(start, start + step)
-            sparse, dense = self.segmenter.encode_prompts(_rows(scaled, part))
+            sparse, dense = self.segmenter.encode_prompts(scaled[part])
             prediction = self.segmenter.decode(features, sparse, dense, batch.image_index[part])
             choose = first_mask if self.segmenter.masks_per_prompt == 1 else best_of_three
             logits, iou = prediction.chosen(choose(prediction))
@@ -119,7 +119,7 @@ class PromptedEvaluator:
         ends = np.cumsum(counts)
         spec = self.predictor.prompt_spec
         parts = [
-            to_input(_rows(prompts, slice(end - count, end)), spec, size, self.model)
+            to_input(prompts[end - count : end], spec, size, self.model)
             for count, end, size in zip(counts, ends, batch.sizes, strict=True)
         ]
         return Prompts(
@@ -139,11 +139,6 @@ class PromptedEvaluator:
             own = torch.zeros(len(part), dtype=torch.long, device=part.device)
             parts.append(self.segmenter.postprocess(part, [size], own)[0] > self.predictor.threshold)
         return torch.cat(parts)
-
-
-def _rows(prompts: Prompts, part: slice) -> Prompts:
-    names = [name for name in ("points", "labels", "boxes") if getattr(prompts, name) is not None]
-    return replace(prompts, **{name: getattr(prompts, name)[part] for name in names})
 
 
 def _click(batch: Any, truths: list[np.ndarray], predicted: list[np.ndarray], clicks: np.ndarray) -> np.ndarray:

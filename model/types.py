@@ -88,6 +88,11 @@ class Prompts:
     def __len__(self) -> int:
         return len(getattr(self, self.kinds()[0])) if self else 0
 
+    def __getitem__(self, rows: slice) -> "Prompts":
+        """Return some of the N prompts."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return Prompts(**{name: value[rows] for name, value in given.items()})
+
     def kinds(self) -> list[str]:
         """Return which of `points`, `boxes` and `masks` are given."""
         return [name for name in ("points", "boxes", "masks") if getattr(self, name) is not None]
