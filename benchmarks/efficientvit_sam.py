@@ -1,13 +1,14 @@
 """How fast is EfficientViT-SAM? The encoder against SAM ViT-H's and timm's; everything-mode; ratios of one run.
 
 pip install -r benchmarks/requirements.txt
-python -m benchmarks.efficientvit_sam --compile
+python -m benchmarks.efficientvit_sam --compile --onnx --vit_h
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -20,8 +21,12 @@ from benchmarks.timing import machine_facts, report, take_turns
 from configs.cli import parse
 from model.checkpoints.load import build_model
 from model.everything import MaskGenerator
+from model.evf import EVFModel
+from model.export import onnx
+from model.export.graphs import build_graphs
 from model.predictor import ImagePredictor
 from model.registry import model_config
+from model.segmenters.base import Segmenter
 from utils.errors import run_main
 from utils.precision import choose_device
 
@@ -46,43 +51,28 @@ class Args:
     threads: int = 2
     compile: FlagCreatePairsOff[bool] = False
     """Measure torch.compile too (minutes to compile)."""
+    onnx: FlagCreatePairsOff[bool] = False
+    """Measure ONNX Runtime too (needs requirements-dev.txt)."""
     vit_h: FlagCreatePairsOff[bool] = False
     """Measure SAM ViT-H's encoder too (a minute per turn on two cores)."""
     device: str = "cpu"
     output: Path = Path("output/benchmarks/efficientvit_sam.json")
 
 
-@torch.inference_mode()
 def measure_encoders(args: Args, device: torch.device) -> list[dict[str, Any]]:
     """Time one image through the encoder, in fp32; the first candidate is what the others are compared with."""
     torch.manual_seed(0)
-    config = model_config(args.model)
-    segmenter = spread(build_model(config).segmenter).to(device)
-    side = config.segmenter.image_size
+    model = build_model(model_config(args.model)).to(device)
+    spread(model.segmenter)
+    side = model.config.segmenter.image_size
     pixels = torch.randn(1, 3, side, side, device=device)
-    last = build_model(config).segmenter.to(device)
-    last.load_state_dict(segmenter.state_dict())
-    last = last.to(memory_format=torch.channels_last)
-    candidates: dict[str, Callable[[], Any]] = {
-        "eager": lambda: segmenter.encode_image(pixels),
-        "channels_last": lambda: last.encode_image(pixels.to(memory_format=torch.channels_last)),
-        "backbone alone, eager": lambda: run_stages(segmenter.image_encoder.backbone, pixels),
-    }
-    if config.segmenter.kinds[-1] == "att5":
-        stock = timm_backbone(config.segmenter.depths).to(device)
-        candidates["timm's EfficientVitLarge backbone, eager"] = lambda: stock.forward_features(pixels)
-    if args.compile:
-        compiled = torch.compile(segmenter.encode_image, dynamic=False)
-        candidates["compiled"] = lambda: compiled(pixels)
-    if args.vit_h:
-        huge = build_model(model_config("sam-vit-h")).segmenter.to(device)
-        large = torch.randn(1, 3, 1024, 1024, device=device)
-        candidates["SAM ViT-H"] = lambda: huge.encode_image(large)
-    expected = segmenter.encode_image(pixels).embedding
-    for name in ("channels_last", "compiled"):
-        if name in candidates and (candidates[name]().embedding - expected).abs().max() > 1e-3:
-            raise RuntimeError(f"{name} differs from eager")
-    seconds = take_turns(candidates, args.rounds, device)
+    same, other = same_encoders(args, model, pixels), other_encoders(args, model, pixels)
+    with torch.inference_mode():
+        expected = same["eager"]()
+        for name, run in same.items():
+            if (run() - expected).abs().max() > 1e-3:
+                raise RuntimeError(f"{name} differs from eager")
+        seconds = take_turns(same | other, args.rounds, device)
     rows = []
     for name, value in seconds.items():
         row = {"question": f"{args.model} image encoder, fp32, {device.type}, batch 1", "name": name, "seconds": value,
@@ -91,6 +81,48 @@ def measure_encoders(args: Args, device: torch.device) -> list[dict[str, Any]]:
             row["target"] = ">= 1.6"
         rows.append(row)
     return rows
+
+
+def same_encoders(args: Args, model: EVFModel, pixels: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Return the ways to run the image encoder of a model, each giving its embedding."""
+
+    def copy() -> Segmenter:
+        segmenter = build_model(model.config).segmenter.to(pixels.device)
+        segmenter.load_state_dict(model.segmenter.state_dict())
+        return segmenter
+
+    last = copy().to(memory_format=torch.channels_last)
+    candidates = {
+        "eager": lambda: model.segmenter.encode_image(pixels).embedding,
+        "channels_last": lambda: last.encode_image(pixels.to(memory_format=torch.channels_last)).embedding,
+    }
+    if args.compile:
+        compiled = copy()
+        compiled.compile_image_encoder()
+        candidates["compiled"] = lambda: compiled.encode_image(pixels).embedding
+    if args.onnx:
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "image_encoder.onnx"
+            onnx.write(build_graphs(model)[0], path)
+            runner = onnx.OnnxRunner(path, pixels.device)
+        candidates["ONNX Runtime"] = lambda: runner(pixels)[0]
+    return candidates
+
+
+def other_encoders(args: Args, model: EVFModel, pixels: Tensor) -> dict[str, Callable[[], Any]]:
+    """Return what the image encoder of a model is compared with."""
+    segmenter, config = model.segmenter, model.config.segmenter
+    candidates: dict[str, Callable[[], Any]] = {
+        "backbone alone, eager": lambda: run_stages(segmenter.image_encoder.backbone, pixels)
+    }
+    if config.kinds[-1] == "att5":
+        stock = timm_backbone(config.depths).to(pixels.device)
+        candidates["timm's EfficientVitLarge backbone, eager"] = lambda: stock.forward_features(pixels)
+    if args.vit_h:
+        huge = build_model(model_config("sam-vit-h")).segmenter.to(pixels.device)
+        large = torch.randn(1, 3, 1024, 1024, device=pixels.device)
+        candidates["SAM ViT-H"] = lambda: huge.encode_image(large)
+    return candidates
 
 
 def run_stages(stages: torch.nn.ModuleList, pixels: Tensor) -> Tensor:
@@ -160,7 +192,7 @@ def measure_gpu(args: Args, device: torch.device) -> list[dict[str, Any]]:
         config = model_config(f"efficientvit-sam-{name}")
         segmenter = build_model(config).segmenter.to(device, torch.bfloat16).to(memory_format=torch.channels_last)
         if args.compile:
-            segmenter.encode_image = torch.compile(segmenter.encode_image, dynamic=False)
+            segmenter.compile_image_encoder()
         side = config.segmenter.image_size
         for batch in (1, 16):
             pixels = torch.randn(batch, 3, side, side, dtype=torch.bfloat16)

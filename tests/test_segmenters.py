@@ -132,10 +132,10 @@ def test_fast_attention_equals_the_library(kind, name, pixels):
         assert torch.allclose(gradients[0][name], gradients[1][name], atol=1e-5, rtol=1e-3), name
 
 
-@pytest.mark.parametrize("family", ["sam", "sam2"])
+@pytest.mark.parametrize("family", ["sam", "sam2", "efficientvit_sam"])
 @pytest.mark.parametrize("part_bytes", [1, 100_000])
 def test_parts_equal_the_whole(family, part_bytes, pixels, monkeypatch):
-    """A CPU encodes an image a few rows of windows at a time; with gradients, it does so at once."""
+    """A CPU encodes an image a few rows, or rows of windows, at a time; with gradients, it does so at once."""
     torch.manual_seed(0)
     model = spread(pico_model(family).segmenter)
     monkeypatch.setattr(base, "PART_BYTES", part_bytes)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,39 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`; on success it replaces `target`, on failure it is removed.
+
+    Between two renames `target` is away for a moment; its old content then lies beside it, and is put back here.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = target.with_name(f".{target.name}.partial"), _aside(target)
+    recover_folder(target)
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+    finally:
+        recover_folder(target)
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def recover_folder(target: Path) -> None:
+    """Put back what an `atomic_folder` laid aside, where it was stopped before its end."""
+    if _aside(target).is_dir() and not target.exists():
+        _aside(target).rename(target)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
 
 
 def json_text(value: Any) -> str:

@@ -3,15 +3,13 @@
 import logging
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .errors import TrainingError
-from .files import atomic_path
+from .files import atomic_folder, atomic_path, recover_folder
 
 STATE = "training.pt"
 _STEP = re.compile(r"^step_(\d{8})$")
@@ -100,11 +98,11 @@ class RunFolder:
 
     def recover(self) -> None:
         """Put `best` back where a killed run left it aside."""
-        _recover(self.best)
+        recover_folder(self.best)
 
     def set_best(self, checkpoint: Path) -> None:
         """Make a checkpoint's model the best one, without what only training needs."""
-        with _whole_folder(self.best) as folder:
+        with atomic_folder(self.best) as folder:
             for path in checkpoint.iterdir():
                 if path.is_file() and path.name != STATE:
                     shutil.copyfile(path, folder / path.name)
@@ -129,35 +127,3 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise TrainingError(
             f"{folder / STATE} is damaged ({reason}). Remove {folder} to go on from the one before"
         ) from None
-
-
-def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.old")
-
-
-def _recover(target: Path) -> None:
-    if _aside(target).is_dir() and not target.exists():
-        _aside(target).rename(target)
-
-
-@contextmanager
-def _whole_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `target` in the end.
-
-    Between two renames `target` is away for a moment; its old content then lies beside it, and is put back here.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = target.with_name(f".{target.name}.partial"), _aside(target)
-    _recover(target)
-    for left in (partial, old):
-        shutil.rmtree(left, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-    finally:
-        _recover(target)
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)

@@ -1,9 +1,6 @@
 """The work of export.py: a model to a folder of graphs, each checked against the model, all or nothing."""
 
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,7 @@ import torch
 
 from configs.export import ExportArgs
 from utils.errors import MissingPackageError, ModelError
-from utils.files import write_json
+from utils.files import atomic_folder, write_json
 from utils.tokenizer import find_tokenizer
 
 from ..checkpoints.load import config_to_json, fill_model, resolve
@@ -36,7 +33,7 @@ def run(args: ExportArgs) -> str:
     model = fill_model(source, torch.device("cpu"), torch.float32)
     graphs = build_graphs(model, args.single_mask)
     runtime = "onnx" if args.format == "tensorrt" and not tensorrt.is_installed() else args.format
-    with new_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         found = write_engine(model, graphs, temporary, args, runtime, tokenizer)
     if runtime != args.format:
         commands = " && ".join(tensorrt.command(graph, folder) for graph in graphs)
@@ -66,24 +63,6 @@ def check_args(args: ExportArgs, folder: Path) -> None:
             raise ModelError(f"--out {folder} exists. Give another folder, or replace it with --overwrite")
     if args.format != "pt2":
         onnx.require(["onnx", "onnxscript", "onnxruntime"], f"--format {args.format}")
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder`; on success it replaces `folder`, on failure it is removed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
-    temporary.mkdir()
-    try:
-        yield temporary
-        if folder.exists():
-            folder.replace(old)
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.replace(folder)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_engine(

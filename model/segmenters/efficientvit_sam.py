@@ -3,20 +3,30 @@
 Source: arXiv 2402.05008, mit-han-lab/efficientvit; the blocks are timm's.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from timm.layers import GELUTanh, LayerNorm2d
-from timm.models.efficientvit_mit import ConvNormAct, EfficientVitBlock, FusedMBConv, LiteMLA, ResidualBlock
-from timm.models.efficientvit_mit import build_local_block as local_block
+from timm.models.efficientvit_mit import (
+    ConvBlock,
+    ConvNormAct,
+    EfficientVitBlock,
+    FusedMBConv,
+    LiteMLA,
+    MBConv,
+    ResidualBlock,
+)
 from torch import Tensor, nn
 
 from configs.schema import EfficientViTSAMConfig
 from utils.image import ImageSpec
 
 from ..types import ImageFeatures
-from .base import PROMPT_WIDTH
+from .base import PROMPT_WIDTH, count_parts
 from .prompted import PromptedSAM
 
 EPS, ATTENTION_EPS = 1e-6, 1e-15
@@ -91,35 +101,85 @@ class Neck(nn.Module):
         return self.output(self.middle(first + (second + third)))
 
 
+class FusedBlock(FusedMBConv):
+    """timm's, whose wide map is made a few rows at a time on a CPU."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return [B, O, h, w] of maps [B, C, H, W]."""
+        return _by_rows(lambda same: same, self.spatial_conv, self.point_conv, maps)
+
+
+class InvertedBlock(MBConv):
+    """timm's, whose wide maps are made a few rows at a time on a CPU."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return [B, O, h, w] of maps [B, C, H, W]."""
+        return _by_rows(self.inverted_conv, self.depth_conv, self.point_conv, maps)
+
+
+def _by_rows(widen: Callable[[Tensor], Tensor], spatial: ConvNormAct, narrow: nn.Module, maps: Tensor) -> Tensor:
+    """Return `narrow(spatial(widen(maps)))`; see `in_parts`.
+
+    Args:
+        widen, narrow: look at single pixels.
+        spatial: 3x3, with a border of zeros.
+        maps: [B, C, H, W].
+    """
+    conv, height, width = spatial.conv, *maps.shape[2:]
+    stride = conv.stride[0]
+    # The wide map, what the norm makes of it, and what the activation does.
+    scratch = 3 * maps.shape[0] * conv.out_channels * (height * width // stride) * maps.element_size()
+    bands = 1 if spatial.training else count_parts(scratch, maps)
+    if bands == 1:
+        return narrow(spatial(widen(maps)))
+    last = (height - 1) // stride + 1
+    rows, parts = math.ceil(last / bands), []
+    for start in range(0, last, rows):
+        top, bottom = start * stride - 1, (min(start + rows, last) - 1) * stride + 2
+        part = widen(maps[:, :, max(top, 0) : bottom])
+        part = F.pad(part, (1, 1, max(-top, 0), max(bottom - height, 0)))
+        part = F.conv2d(part, conv.weight, conv.bias, stride, groups=conv.groups)
+        parts.append(narrow(spatial.act(spatial.norm(part))))
+    return torch.cat(parts, dim=2)
+
+
 def _stage(config: EfficientViTSAMConfig, number: int) -> nn.Sequential:
     """Return a stage: one block that halves the map, then those with a shortcut."""
     kind, width, expand = config.kinds[number], config.widths[number], config.expand[number]
     if number == 0:
         first = ConvNormAct(3, width, 3, stride=2, norm_layer=Norm, act_layer=GELUTanh)
-        rest = [_with_shortcut(_local(width, width, 1, 1, "large", False)) for _ in range(config.depths[0])]
+        rest = [_with_shortcut(_plain(width)) for _ in range(config.depths[0])]
         return nn.Sequential(first, *rest)
     before, fewer = config.widths[number - 1], number in config.fewer_norm
     if kind == "fused":
         first = _fused(before, width, 2, DOWN * expand)
         rest = [_with_shortcut(_fused(width, width, 1, expand)) for _ in range(config.depths[number])]
     else:
-        first = _local(before, width, 2, DOWN * expand, "default", fewer)
+        first = _inverted(before, width, 2, DOWN * expand, fewer)
         blocks = range(config.depths[number])
         if kind == "mb":
-            rest = [_with_shortcut(_local(width, width, 1, expand, "default", fewer)) for _ in blocks]
+            rest = [_with_shortcut(_inverted(width, width, 1, expand, fewer)) for _ in blocks]
         else:
             rest = [_attention(width, expand, int(kind.removeprefix("att"))) for _ in blocks]
     return nn.Sequential(_without_shortcut(first), *rest)
 
 
+def _plain(width: int) -> nn.Module:
+    return ConvBlock(width, width, norm_layer=Norm, act_layer=(GELUTanh, None))
+
+
 def _fused(before: int, after: int, stride: int, expand: int) -> nn.Module:
-    return FusedMBConv(
+    return FusedBlock(
         before, after, 3, stride, expand_ratio=expand, norm_layer=(Norm, Norm), act_layer=(GELUTanh, None)
     )
 
 
-def _local(before: int, after: int, stride: int, expand: int, kind: str, fewer: bool) -> nn.Module:
-    return local_block(before, after, stride, expand, Norm, GELUTanh, fewer_norm=fewer, block_type=kind)
+def _inverted(before: int, after: int, stride: int, expand: int, fewer: bool) -> nn.Module:
+    biases, norms = ((True, True, False), (None, None, Norm)) if fewer else (False, Norm)
+    return InvertedBlock(
+        before, after, 3, stride, expand_ratio=expand, use_bias=biases, norm_layer=norms,
+        act_layer=(GELUTanh, GELUTanh, None),
+    )  # fmt: skip
 
 
 def _attention(width: int, expand: int, scale: int) -> nn.Module:
