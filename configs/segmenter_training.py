@@ -1,4 +1,4 @@
-"""Options of the two trainings of a segmenter without phrases: distillation, and masks from boxes and points.
+"""Options of the trainings of a segmenter without phrases: distillation, and masks from boxes and points.
 
 Values marked "ours" were never published for EfficientViT-SAM; the others are from its repository (arXiv 2402.05008).
 """
@@ -21,8 +21,22 @@ class DistillArgs:
     take_decoder: bool = True
     """Give the student the teacher's prompt encoder and mask decoder where they have its shapes, so that it can be
     prompted at once."""
+    features: str | None = None
+    """Folder with the teacher's embeddings as Open-Vocabulary SAM's published dump has them, IMAGE_vit_h_cache.pth, one
+    for each file name. What is missing is computed and kept there; without `teacher` all must be there. Nothing in
+    such a file says which teacher made it."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether this is what is trained."""
+        return bool(self.teacher or self.features)
 
     def __post_init__(self) -> None:
+        if self.features and not self.teacher and self.take_decoder:
+            raise TrainingError(
+                "distill.features without distill.teacher: there is no mask decoder to take. Give the teacher's "
+                "weights too, or --distill.no_take_decoder"
+            )
         if self.teacher_checkpoint and not self.teacher:
             raise TrainingError(
                 "distill.teacher_checkpoint without distill.teacher. Give its name too, such as sam2-hiera-tiny"

@@ -20,7 +20,7 @@ DISTILL_TERMS = {"mse": 1.0, "relative": 0.0, "cosine": 0.0}
 """What is reported of a distillation; the first is what is minimised."""
 
 READ_WITHOUT_PHRASES = {
-    "model": {"name", "checkpoint", "segmenter_checkpoint"},
+    "model": {"name", "checkpoint", "segmenter_checkpoint", "clip_checkpoint"},
     "data": {"root", "sets", "batch_size", "workers", "flip", "feature_cache", "held_out", "shard_index", "max_pixels"},
 }
 """The options that a training without phrases knows."""
@@ -45,6 +45,8 @@ class ModelArgs:
     """SAM .pth, SAM-2 .pt or EfficientSAM .pt file to start the segmenter from; without it, random weights."""
     encoder_checkpoint: str | None = None
     """BEiT-3 .pth file to start the encoder from (the plain pre-trained one, not ITC); without it, random weights."""
+    clip_checkpoint: str | None = None
+    """CLIP to build Open-Vocabulary SAM on: OpenAI's RN50x16.pt, or a state dict as open_clip has it. Never trained."""
     phrases_from: str | None = None
     """Take encoder, projector and the code of places from this checkpoint, whose segmenter may be another: what its
     phrases say of where things are, the new segmenter can learn to use. Ours."""
@@ -74,10 +76,10 @@ class ModelArgs:
     def __post_init__(self) -> None:
         _require(self.lora_rank >= 0, f"model.lora_rank {self.lora_rank}: needed is 0 (off) or a rank such as 8")
         _require(self.max_length >= 3, f"model.max_length {self.max_length} leaves no room for a phrase. Default: 512")
-        if self.checkpoint and (self.segmenter_checkpoint or self.encoder_checkpoint):
+        if self.checkpoint and (self.segmenter_checkpoint or self.encoder_checkpoint or self.clip_checkpoint):
             raise TrainingError(
-                "model.checkpoint holds a whole model; segmenter_checkpoint and encoder_checkpoint hold parts of one. "
-                "Give one or the other"
+                "model.checkpoint holds a whole model; segmenter_checkpoint, encoder_checkpoint and clip_checkpoint "
+                "hold parts of one. Give one or the other"
             )
         if self.phrases_from and self.encoder_checkpoint:
             raise TrainingError("model.phrases_from and model.encoder_checkpoint both hold an encoder. Give one")
@@ -217,11 +219,16 @@ class OptimArgs:
     """Ours."""
     weight_decay: float = 0.0
     """Ours; of matrices only, see `decay`."""
-    decay: Literal["matrices", "names"] = "matrices"
-    """What decays: matrices only, or all but what the published checkpoint calls norm or bias, as EfficientViT-SAM."""
+    decay: Literal["matrices", "names", "layers"] = "matrices"
+    """What decays: matrices only; all but what the published checkpoint calls norm or bias, as EfficientViT-SAM; or all
+    but torch's own norm layers, as Open-Vocabulary SAM."""
     warmup: int = 100
     """Steps over which the learning rate rises. Ours."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Literal["linear", "cosine", "constant", "drops"] = "linear"
+    drops: tuple[int, ...] = ()
+    """Steps from which on the learning rate is a tenth of what it was, for the schedule `drops`."""
+    final: float = 0.0
+    """Where the schedules `linear` and `cosine` end, relative to `lr` (0 to 1)."""
     steps: int = 15_000
     global_batch: int | None = None
     """Images of one optimizer step over all processes; by default batch_size times processes. More is accumulated."""
@@ -245,6 +252,11 @@ class OptimArgs:
         for name in ("warmup", "weight_decay", "clip", "clip_value"):
             value = getattr(self, name)
             _require(value >= 0, f"optim.{name} {value}: needed is 0 or more")
+        _require(0 <= self.final <= 1, f"optim.final {self.final}: needed is a share from 0 to 1")
+        _require(
+            bool(self.drops) == (self.schedule == "drops"),
+            f"optim.drops {list(self.drops)} with optim.schedule {self.schedule}: each needs the other",
+        )
 
 
 @dataclass(frozen=True)
@@ -310,7 +322,7 @@ class TrainConfig:
     @property
     def kind(self) -> Kind:
         """What is trained on: phrases of images, of clips, the embedding of a teacher, or masks of boxes and points."""
-        if self.distill.teacher:
+        if self.distill.is_on:
             return "distill"
         return "prompts" if self.prompts.masks else "clips" if self.data.clip_frames else "phrases"
 
@@ -323,6 +335,10 @@ class TrainConfig:
         _require(
             kind == "clips" or "presence" not in terms,
             "loss.presence is for clips. Set data.clip_frames, or leave it out",
+        )
+        _require(
+            kind == "distill" or not self.model.clip_checkpoint,
+            "model.clip_checkpoint is read in the distillation of Open-Vocabulary SAM alone. Leave it out",
         )
         self._refuse_other_kinds()
         if kind == "clips":
@@ -340,7 +356,7 @@ class TrainConfig:
     def _refuse_other_kinds(self) -> None:
         """Refuse options that the kind of training would not read."""
         asked = {
-            "distill.teacher": bool(self.distill.teacher),
+            "distill.teacher": self.distill.is_on,
             "prompts.masks": self.prompts.masks > 0,
             "data.clip_frames": self.data.clip_frames > 0,
         }
@@ -356,6 +372,10 @@ class TrainConfig:
                 not wrong, f"{' and '.join(wrong)}: not read where {names[0]} is given. Leave out one or the other"
             )
         if self.kind == "distill":
+            _require(
+                not (self.distill.features and (self.data.feature_cache or self.data.flip)),
+                "distill.features knows images by name: data.feature_cache and data.flip do not go with it",
+            )
             _require(
                 self.loss == LossArgs(), "loss is of masks; a distillation minimises the squared error. Leave it out"
             )

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from configs.training import TrainConfig
 from utils.errors import DataError, TextSAMError
-from utils.feature_cache import FeatureCache, name_of
+from utils.feature_cache import FeatureCache, FlatFeatures
 from utils.image import IMAGE_SUFFIXES, MAX_PIXELS, ImageSpec, read_image
 
 from .mixture import shuffled, spread
@@ -218,8 +218,19 @@ def open_image_stream(config: TrainConfig) -> Stream:
     """
     data, val = config.data, config.val
     sets = [one for name in data.sets for one in open_images(name, data.root, data.max_pixels)]
-    return split(sets, config, partial(open_images, root=val.root or data.root, max_pixels=data.max_pixels),
-                 Mirror(data.flip), at_end=False)  # fmt: skip
+    open_measured = partial(open_images, root=val.root or data.root, max_pixels=data.max_pixels)
+    if config.distill.features:
+        check_stems([*sets, *(one for name in val.sets for one in open_measured(name))])
+    return split(sets, config, open_measured, Mirror(data.flip), at_end=False)
+
+
+def check_stems(sets: Sequence[ImageFolder]) -> None:
+    """Refuse two images that a flat folder of features would take for one."""
+    stems: dict[str, Path] = {}
+    for path in (one.folder / path for one in sets for path in one.paths):
+        other = stems.setdefault(path.stem, path)
+        if other != path:
+            raise DataError(f"distill.features knows images by name, but there are {other} and {path}. Rename one")
 
 
 def open_images(name: str, root: str, max_pixels: int = MAX_PIXELS) -> list[ImageFolder]:
@@ -307,11 +318,11 @@ class ImageCollate:
 
     spec: ImageSpec
     teacher_spec: ImageSpec
-    cache: FeatureCache | None = None
+    cache: FeatureCache | FlatFeatures | None = None
 
     def __call__(self, samples: Sequence[ImageSample]) -> ImageBatch:
         """Pack images; those whose features the cache holds are not prepared for the teacher."""
-        names = tuple(name_of(sample.image) for sample in samples) if self.cache else ()
+        names = tuple(self.cache.name(sample.image, sample.key) for sample in samples) if self.cache else ()
         features = tuple(map(self.cache.read, names)) if self.cache else (None,) * len(samples)
         fresh = [self.teacher_spec(s.image) for s, known in zip(samples, features, strict=True) if known is None]
         side = self.teacher_spec.size

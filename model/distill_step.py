@@ -12,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from configs.schema import OVSAMConfig, SAM2Config
 from configs.segmenter_training import DistillArgs
 from utils.errors import ModelError
-from utils.feature_cache import FeatureCache, digest_of
+from utils.feature_cache import FeatureCache, FlatFeatures, digest_of
 from utils.image import ImageSpec
 
 from .checkpoints.load import load_model
 from .evf import EVFModel
 from .freeze import Probe, leave_out_unreached
+from .ovsam_start import fit_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ class DistillStep(nn.Module):
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Return the student's image embedding, [B, 256, h, w], of pixels [B, 3, S, S]."""
-        return self.model.segmenter.encode_image(pixels).embedding
+        return self.model.segmenter.embed_image(pixels)
 
     def forward(self, pixels: Tensor, target: Tensor) -> Tensor:
         """Return `compare` of the student's embedding of pixels [B, 3, S, S] and the teacher's, [B, 256, h', w']."""
@@ -79,16 +81,22 @@ class Teacher:
     same place; in all else it is prepared as its own release does.
 
     Args:
-        model: with a segmenter; it moves to where batches are.
+        model: with a segmenter; it moves to where batches are. None where `cache` holds all that is needed.
         student_spec: how the student sees an image.
         precision: of the arithmetic, which is part of the cache's name.
-        cache: folder of features, or None.
+        cache: folder of features, or the features themselves, or None.
     """
 
-    def __init__(self, model: EVFModel, student_spec: ImageSpec, precision: str, cache: str | None = None) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.spec = replace(model.segmenter.own_image_spec, resize=student_spec.resize)
-        self.cache = None if cache is None else FeatureCache(cache, self._digest(precision))
+    def __init__(
+        self,
+        model: EVFModel | None,
+        student_spec: ImageSpec,
+        precision: str,
+        cache: str | FlatFeatures | None = None,
+    ) -> None:
+        self.model = model and model.eval().requires_grad_(False)
+        self.spec = replace(model.segmenter.own_image_spec, resize=student_spec.resize) if model else student_spec
+        self.cache = FeatureCache(cache, self._digest(precision)) if isinstance(cache, str) else cache
 
     def _digest(self, precision: str) -> str:
         segmenter = self.model.segmenter
@@ -99,7 +107,7 @@ class Teacher:
     @torch.no_grad()
     def embed(self, pixels: Tensor) -> Tensor:
         """Return the embedding [B, 256, h, w] of pixels [B, 3, S, S] that `spec` made."""
-        return self.model.to(pixels.device).segmenter.encode_image(pixels.to(self.model.dtype)).embedding
+        return self.model.to(pixels.device).segmenter.embed_image(pixels.to(self.model.dtype))
 
     def targets(self, batch: Any) -> Tensor:
         """Return the embeddings of a `datasets.images.ImageBatch`; what the cache lacked is computed and stored.
@@ -128,6 +136,10 @@ def load_teacher(args: DistillArgs, student: EVFModel, precision: str, cache: st
     Raises:
         ModelError: unknown name, or no weights. CheckpointError: they cannot be used.
     """
+    if args.features:
+        cache = FlatFeatures(args.features, is_complete=args.teacher is None)
+    if args.teacher is None:
+        return Teacher(None, student.segmenter.own_image_spec, precision, cache)
     if args.teacher_checkpoint:
         model = load_model(args.teacher, segmenter_checkpoint=args.teacher_checkpoint, dtype=torch.float32)
     else:
@@ -138,10 +150,14 @@ def load_teacher(args: DistillArgs, student: EVFModel, precision: str, cache: st
 def take_decoder(student: EVFModel, teacher: EVFModel) -> bool:
     """Copy the teacher's prompt encoder and mask decoder where they have the student's names and shapes.
 
+    Open-Vocabulary SAM makes one mask of a prompt: it takes what a SAM has for its first.
+
     Returns:
         whether they have.
     """
     own, theirs = (_decoder_tensors(model) for model in (student, teacher))
+    if isinstance(student.config.segmenter, OVSAMConfig):
+        own, theirs = fit_decoder(own, theirs)
     if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in theirs.items()}:
         logger.warning(
             "the prompt encoder and mask decoder of %s do not fit %s: they stay as they were. The result has to learn "
@@ -177,12 +193,11 @@ def prepare_student(model: EVFModel) -> Probe:
 
 def _read_embedding(shapes: EVFModel) -> list[Tensor]:
     side = shapes.segmenter.image_spec.size
-    features = shapes.segmenter.encode_image(torch.empty(1, 3, side, side, device="meta"))
-    if features.high_res:
+    if isinstance(shapes.config.segmenter, SAM2Config):
         logger.warning(
             "of %s the embedding alone is distilled: what makes its finer levels learns nothing", shapes.config.name
         )
-    return [features.embedding]
+    return [shapes.segmenter.embed_image(torch.empty(1, 3, side, side, device="meta"))]
 
 
 def refuse_phrases(model: EVFModel) -> None:

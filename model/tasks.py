@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from configs.schema import OVSAMConfig
 from configs.training import ModelArgs, TrainConfig
 from utils.distributed import Ranks
 from utils.embedding_validation import EmbeddingValidation
@@ -19,10 +21,12 @@ from utils.mask_validation import MaskValidation
 from utils.tokenizer import PhraseTokenizer
 from utils.validation import open_validation
 
+from .checkpoints.clip import find_text, read_text, save_text
 from .checkpoints.load import find_source, load_model, save_model
 from .distill_step import DistillStep, load_teacher, prepare_student, refuse_phrases, take_decoder
 from .evf import EVFModel
 from .freeze import PartReport, report
+from .ovsam_start import set_positions, take_clip
 from .prompt_step import PromptStep, prepare_prompted, prompt_inputs, published_names
 from .training import (
     build_step,
@@ -125,17 +129,24 @@ def _phrases(config: TrainConfig, strategy: Mapping[str, Any], resume: Callable[
 
 def _distill(config: TrainConfig, strategy: Mapping[str, Any], resume: Callable[[nn.Module], None]) -> Task:
     """Return the training of a student's image encoder by a teacher."""
-    model = load_segmenter(config.model)
+    model, text = load_segmenter(config.model), {}
+    is_named = isinstance(model.config.segmenter, OVSAMConfig)
+    if is_named:
+        text = prepare_named(model, config.model)
+    elif config.model.clip_checkpoint:
+        raise TrainingError(f"{model.config.name} is not built on a CLIP. Leave model.clip_checkpoint out")
     probe = prepare_student(model)
     teacher = load_teacher(config.distill, model, config.optim.precision, config.data.feature_cache)
     if config.distill.take_decoder:
         take_decoder(model, teacher.model)
+    if is_named:
+        set_positions(model, teacher.model)
     step = DistillStep(model)
     resume(step)
     return Task(
         step=step,
         parts=report(model, probe.idle),
-        save=partial(save_segmenter, model),
+        save=partial(save_segmenter, model, text=text),
         inputs=teacher,
         open_validation=partial(EmbeddingValidation, teacher),
         spec=model.segmenter.own_image_spec,
@@ -184,6 +195,31 @@ def load_segmenter(args: ModelArgs) -> EVFModel:
     return load_model(args.name, segmenter_checkpoint=args.segmenter_checkpoint, pretrained=False)
 
 
-def save_segmenter(model: EVFModel, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a folder that `load_model`, inference.py and the mask generator take."""
+def prepare_named(model: EVFModel, args: ModelArgs) -> dict[str, Tensor]:
+    """Put CLIP's ResNet into Open-Vocabulary SAM, unless its checkpoint has it; return CLIP's text tower, {} if absent.
+
+    Raises:
+        TrainingError: no CLIP is given. CheckpointError: it cannot be used.
+    """
+    if args.checkpoint:
+        found = find_text(find_source(args.checkpoint))
+        return read_text(found) if found else {}
+    if not args.clip_checkpoint:
+        raise TrainingError(
+            f"{model.config.name} is built on a CLIP, which is never trained, but none is given. Give OpenAI's "
+            "weights, --model.clip_checkpoint RN50x16.pt, or a model to go on from, --model.checkpoint"
+        )
+    return take_clip(model, args.clip_checkpoint)
+
+
+def save_segmenter(
+    model: EVFModel, folder: Path, tensors: Mapping[str, Tensor], text: Mapping[str, Tensor] = MappingProxyType({})
+) -> None:
+    """Write a folder that `load_model`, inference.py and the mask generator take.
+
+    Args:
+        text: CLIP's text tower, which goes with a model that gives names.
+    """
+    if text:
+        save_text(folder, text)
     save_model(model, folder, tensors=model_tensors(model, tensors))

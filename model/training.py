@@ -373,8 +373,9 @@ def optimizer_groups(
     Args:
         step: with a `model` that is trained.
         published: the segmenter's names -> those of its published checkpoint. Given, all decays but what those call
-            norm or bias; else matrices alone do.
+            norm or bias; else what `optim.decay` says.
     """
+    plain = plain_norms(step) if args.decay == "layers" else None
     scales = {"encoder": args.encoder_lr_scale, "image_encoder": args.image_lr_scale}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for full_name, parameter in step.named_parameters():
@@ -383,5 +384,17 @@ def optimizer_groups(
             rate = args.lr * scales.get(part_of(step.model, name), 1.0)
             theirs = None if published is None else published.get(name.removeprefix("segmenter."), name)
             decays = parameter.ndim > 1 if theirs is None else not ("norm" in theirs or "bias" in theirs)
+            decays = decays if plain is None else full_name not in plain
             groups.setdefault((rate, args.weight_decay if decays else 0.0), []).append(parameter)
     return [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()]
+
+
+def plain_norms(module: nn.Module) -> set[str]:
+    """Return the names of the weights of torch's own norm layers; SAM's norm over channels is none of them."""
+    kinds = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+    return {
+        f"{owner}.{name}"
+        for owner, part in module.named_modules()
+        if isinstance(part, kinds) and getattr(part, "data_format", None) != "channels_first"
+        for name, _ in part.named_parameters(recurse=False)
+    }

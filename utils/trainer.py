@@ -31,20 +31,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the learning rate moves: a linear rise over `warmup` steps, then down to 0 at `steps`, or constant."""
+    """How the learning rate moves: a linear rise over `warmup` steps, then down to `final` at `steps`, or constant.
+
+    The kind `drops` is constant but for the steps in `drops`: from each on it is a tenth of what it was.
+    """
 
     kind: str
     warmup: int
     steps: int
+    drops: tuple[int, ...] = ()
+    final: float = 0.0
 
     def factor(self, step: int) -> float:
         """Return what the learning rates of step `step` (from 0) are multiplied with, 0..1."""
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
-        if self.kind == "constant":
-            return 1.0
+        if self.kind in ("constant", "drops"):
+            return 0.1 ** sum(step >= drop for drop in self.drops)
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return 1 - done if self.kind == "linear" else (1 + math.cos(math.pi * done)) / 2
+        left = 1 - done if self.kind == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.final + (1 - self.final) * left
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Trainer:
     def __init__(self, engine: Engine, config: Any, hooks: Hooks, folder: RunFolder, ranks: Ranks) -> None:
         self.engine, self.config, self.hooks, self.folder, self.ranks = engine, config, hooks, folder, ranks
         optim = config.optim
-        self.schedule = Schedule(optim.schedule, optim.warmup, optim.steps)
+        self.schedule = Schedule(optim.schedule, optim.warmup, optim.steps, optim.drops, optim.final)
         self.step, self.best, self._skipped = 0, -math.inf, 0
         self._is_stopping = False
 

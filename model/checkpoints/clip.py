@@ -1,5 +1,6 @@
 """CLIP's text tower: OpenAI's RN50x16.pt, a state dict as open_clip has it, or a file of ours."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -62,6 +63,13 @@ def _causal(length: int) -> Tensor:
     return torch.full((length, length), -torch.inf).triu_(1)
 
 
-def save_text(folder: Path, tensors: dict[str, Tensor]) -> None:
+def read_text(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of the text tower in a file, float32, by CLIP's names."""
+    file = TensorFile(path, ("state_dict", "model"))
+    names = [name for name in file.shapes() if name.startswith(TEXT)]
+    return {name: file.read(name, torch.device("cpu"), torch.float32) for name in names}
+
+
+def save_text(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a text tower into a folder of ours."""
     write_safetensors(folder / TEXT_FILE, tensors)

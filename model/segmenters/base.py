@@ -104,6 +104,10 @@ class Segmenter(nn.Module):
         """
         raise NotImplementedError
 
+    def embed_image(self, pixels: Tensor) -> Tensor:
+        """Return the embedding of images alone, what the mask decoder reads; see `encode_image`."""
+        return self.encode_image(pixels).embedding
+
     def prompt_spec(self, spec: ImageSpec) -> ImageSpec:
         """Return how an image that `spec` prepares lies on the frame of prompts and masks; most often the same."""
         return spec

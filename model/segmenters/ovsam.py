@@ -66,6 +66,10 @@ class OVSAMSegmenter(PromptedSAM):
         stages = self.stages(pixels)
         return ImageFeatures(self.neck(stages), (*self.pyramid(stages), stages[-1]))
 
+    def embed_image(self, pixels: Tensor) -> Tensor:
+        """Return the embedding alone, without the pyramid; see `Segmenter.embed_image`."""
+        return self.neck(self.stages(pixels))
+
     def stages(self, pixels: Tensor) -> list[Tensor]:
         """Return what the ResNet's stages make of images, [B, C, S/4, S/4] to [B, 8C, S/32, S/32]."""
         backbone, found = self.backbone, []

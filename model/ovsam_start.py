@@ -1,0 +1,86 @@
+"""What Open-Vocabulary SAM starts from before it is trained: CLIP's ResNet, and of SAM the prompts, masks and places.
+
+Source: arXiv 2401.02955. Of SAM's mask decoder the first mask is kept; what predicts an IoU is dropped.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils.errors import CheckpointError
+
+from .checkpoints import evf_sam, ovsam
+from .checkpoints.load import fill_tensors
+from .checkpoints.rules import KeyMap, Section, named_tensors
+from .evf import EVFModel
+
+BACKBONE = "segmenter.backbone."
+SLOWEST = 10_000.0
+"""Longest wave of `sine_table`, in cells over 2 pi."""
+
+logger = logging.getLogger(__name__)
+
+
+def take_clip(model: EVFModel, path: str | Path) -> dict[str, Tensor]:
+    """Put CLIP's ResNet into a model, and return the text tower's tensors, {} where the file has none.
+
+    Raises:
+        CheckpointError: no such file, not CLIP, or one of another shape.
+    """
+    parts = ovsam.PartFiles([Path(path)])
+    others = sorted({name.split(".")[0] for name in parts.shapes if not name.startswith("backbone.")})
+    if others or not parts.shapes:
+        raise CheckpointError(
+            f"{path} is no CLIP with its image tower (it holds {', '.join(others) or 'none'}). Needed is OpenAI's "
+            "RN50x16.pt, or a state dict as open_clip has it"
+        )
+    targets = {name: tensor for name, tensor in named_tensors(model).items() if name.startswith(BACKBONE)}
+    key_map = KeyMap(targets, (Section("segmenter.", "", evf_sam.SEGMENTERS["ovsam"].plain),))
+    fill_tensors(model, targets, key_map, parts, torch.device("cpu"), None)
+    return parts.read_text()
+
+
+def fit_decoder(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return those tensors of a model that makes one mask which it may take from SAM, and SAM's, cut to the first mask.
+
+    Args:
+        own, theirs: what is not of the image encoder, by name.
+    """
+    table = "mask_decoder.mask_tokens.weight"
+    kept = {
+        name: tensor
+        for name, tensor in own.items()
+        if name.startswith(("prompt_encoder.", "mask_decoder.")) and not name.startswith("mask_decoder.iou_")
+    }
+    taken = {name: theirs[name] for name in kept if name in theirs}
+    if table in taken:
+        taken[table] = taken[table][: len(kept[table])]
+    return kept, taken
+
+
+@torch.no_grad()
+def set_positions(model: EVFModel, teacher: EVFModel | None) -> None:
+    """Give a neck that has no position table SAM's, or sines where no teacher has one of its shape."""
+    positions = model.segmenter.neck.positions
+    if positions.any():
+        return
+    table = dict(teacher.segmenter.named_parameters()).get("image_encoder.pos_embed") if teacher else None
+    if table is None or table.shape != positions.shape:
+        logger.info("no teacher has a table of positions as the neck's, %s: it gets sines", list(positions.shape))
+        table = sine_table(positions.shape[1], positions.shape[-1])
+    positions.copy_(table)
+
+
+def sine_table(side: int, width: int) -> Tensor:
+    """Return a code of the cells of a grid, float32 [1, side, side, width]: half of it sines of y, half of x."""
+    half = width // 2
+    rates = torch.exp(-math.log(SLOWEST) * torch.arange(0, half, 2) / half)
+    angles = torch.arange(side)[:, None] * rates
+    along = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :half]
+    rows, columns = along[:, None].expand(-1, side, -1), along[None].expand(side, -1, -1)
+    table = torch.cat([rows, columns], dim=-1)
+    return torch.nn.functional.pad(table, (0, width - table.shape[-1]))[None]
