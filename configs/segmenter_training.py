@@ -1,9 +1,11 @@
-"""Options of the trainings of a segmenter without phrases: distillation, and masks from boxes and points.
+"""Options of the trainings of a segmenter without phrases: distillation, masks from boxes and points, and names.
 
-Values marked "ours" were never published for EfficientViT-SAM; the others are from its repository (arXiv 2402.05008).
+Values marked "ours" were never published for EfficientViT-SAM (arXiv 2402.05008) or, for names, Open-Vocabulary SAM
+(arXiv 2401.02955); the others are from their repositories.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from utils.errors import TrainingError
 
@@ -70,3 +72,35 @@ class PromptArgs:
         for name in ("points", "val_masks"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"prompts.{name} {getattr(self, name)}: needed is at least 1")
+
+
+@dataclass(frozen=True)
+class NameArgs:
+    """The second stage of Open-Vocabulary SAM: masks and names of annotated things, from boxes and points."""
+
+    vocabulary: str | None = None
+    """Vocabulary of tools/make_vocabulary.py (.safetensors) that has every class of the annotations. Set, this is what
+    is trained: `model.checkpoint` is the result of the first stage, `data.sets` are annotation files of COCO or LVIS
+    below `data.root`. Of names that it counts as novel, or neither as base nor as novel, nothing is trained on."""
+    kind: Literal["coco", "lvis"] = "coco"
+    """Layout of the annotation files: lvis has frequencies, and paths of images in `coco_url`."""
+    images: str = ""
+    """Folder of the images, below `data.root`, such as train2017. Of LVIS it holds train2017/ and val2017/."""
+    val_images: str | None = None
+    """The same for `val.sets`, below `val.root`; by default as `images`."""
+    proposals: int = 40
+    """Prompts of an image: its instances, repeated or drawn. The first half, and one more, are boxes, the others
+    points."""
+    resize: tuple[float, float] = (0.9, 2.0)
+    """An image is resized to between these times the input's side, then cut. Published for LVIS: 0.1 to 2."""
+    least_pixels: int = 32
+    """Instances with fewer pixels of the input are left out."""
+    val_prompt: Literal["box", "point"] = "box"
+    """What prompts the masks that are measured: the annotated box, or the point in the middle of the mask. Ours."""
+
+    def __post_init__(self) -> None:
+        for name in ("proposals", "least_pixels"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"names.{name} {getattr(self, name)}: needed is at least 1")
+        if not 0 < self.resize[0] <= self.resize[1] <= 10:
+            raise TrainingError(f"names.resize {list(self.resize)}: needed are two factors such as 0.9 2.0, at most 10")

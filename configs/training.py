@@ -10,12 +10,13 @@ from tyro.conf import FlagCreatePairsOff
 
 from utils.errors import TrainingError
 
-from .segmenter_training import DistillArgs, PromptArgs
+from .segmenter_training import DistillArgs, NameArgs, PromptArgs
 
 MAX_SEED = 2**63
-OUR_TERMS = ("pointing", "contrast", "prompt", "regions", "iou", "presence")
+OUR_TERMS = ("pointing", "contrast", "prompt", "regions", "iou", "presence", "names")
 CLIP_TERMS = {"bce", "dice", "iou", "presence"}
 PROMPT_TERMS = {"bce", "dice", "iou"}
+NAME_TERMS = ("bce", "dice", "names")
 DISTILL_TERMS = {"mse": 1.0, "relative": 0.0, "cosine": 0.0}
 """What is reported of a distillation; the first is what is minimised."""
 
@@ -25,7 +26,7 @@ READ_WITHOUT_PHRASES = {
 }
 """The options that a training without phrases knows."""
 
-Kind = Literal["phrases", "clips", "distill", "prompts"]
+Kind = Literal["phrases", "clips", "distill", "prompts", "names"]
 
 
 def _require(condition: bool, text: str) -> None:
@@ -173,6 +174,8 @@ class LossArgs:
     """Weight of the cross-entropy of whether an object is seen, on every frame of a clip. Ours."""
     iou: float = 0.0
     """Weight of the squared error of the predicted IoU, the score of a mask: 0 where nothing is meant. Ours."""
+    names: float = 0.0
+    """Weight of the cross-entropy of names, of Open-Vocabulary SAM (published: 2)."""
 
     def terms(self) -> dict[str, float]:
         """Return the weight of each term by name, in the order of a `TrainingStep`'s columns."""
@@ -316,18 +319,23 @@ class TrainConfig:
     run: RunArgs = field(default_factory=RunArgs)
     distill: DistillArgs = field(default_factory=DistillArgs)
     prompts: PromptArgs = field(default_factory=PromptArgs)
+    names: NameArgs = field(default_factory=NameArgs)
     dry_run: FlagCreatePairsOff[bool] = False
     """Build everything, print what trains and on what, and stop before the first step."""
 
     @property
     def kind(self) -> Kind:
-        """What is trained on: phrases of images, of clips, the embedding of a teacher, or masks of boxes and points."""
+        """What is trained on: phrases of images or clips, a teacher's embedding, masks of boxes and points, names."""
         if self.distill.is_on:
             return "distill"
+        if self.names.vocabulary:
+            return "names"
         return "prompts" if self.prompts.masks else "clips" if self.data.clip_frames else "phrases"
 
     def terms(self) -> dict[str, float]:
         """Return the weight of each column of what is minimised, by name; a weight of 0 is reported alone."""
+        if self.kind == "names":
+            return {name: getattr(self.loss, name) for name in NAME_TERMS}
         return DISTILL_TERMS if self.kind == "distill" else self.loss.terms()
 
     def __post_init__(self) -> None:
@@ -340,6 +348,7 @@ class TrainConfig:
             kind == "distill" or not self.model.clip_checkpoint,
             "model.clip_checkpoint is read in the distillation of Open-Vocabulary SAM alone. Leave it out",
         )
+        _require(kind == "names" or "names" not in terms, "loss.names needs names.vocabulary. Give it, or leave it out")
         self._refuse_other_kinds()
         if kind == "clips":
             wrong = sorted(terms - CLIP_TERMS)
@@ -352,17 +361,23 @@ class TrainConfig:
             _require(not wrong, f"loss.{' and loss.'.join(wrong)}: boxes and points know bce, dice and iou alone")
             _require(self.loss.needs_masks and self.loss.points > 0, "loss.points 0: boxes and points need 12544 or so")
             _require(not self.data.feature_cache, "data.feature_cache needs a frozen image encoder; prompts train it")
+        if kind == "names":
+            wrong = sorted(terms - set(NAME_TERMS))
+            _require(not wrong, f"loss.{' and loss.'.join(wrong)}: names know {', '.join(NAME_TERMS)} alone")
+            _require(self.loss.points > 0, "loss.points 0: names need 12544 or so")
+            _require(not self.data.feature_cache, "data.feature_cache: each image of names is cut anew. Leave it out")
 
     def _refuse_other_kinds(self) -> None:
         """Refuse options that the kind of training would not read."""
         asked = {
             "distill.teacher": self.distill.is_on,
             "prompts.masks": self.prompts.masks > 0,
+            "names.vocabulary": bool(self.names.vocabulary),
             "data.clip_frames": self.data.clip_frames > 0,
         }
         names = [name for name, is_set in asked.items() if is_set]
         _require(len(names) < 2, f"{' and '.join(names)} ask for different trainings. Give one of them")
-        if self.kind not in ("distill", "prompts"):
+        if self.kind not in ("distill", "prompts", "names"):
             return
         for group, read in READ_WITHOUT_PHRASES.items():
             options, default = getattr(self, group), type(getattr(self, group))()

@@ -16,8 +16,7 @@ from utils.errors import DataError
 from utils.image import MAX_PIXELS, ImageSpec, read_image
 
 from .annotations import CocoImage
-from .loading import evaluation_batches
-from .mixture import spread
+from .mixture import evaluation_batches, spread
 from .raster import encode, rasterise
 from .regions import Part
 from .sample import move

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch.utils.data import DataLoader
-
 from configs.evaluation import EvalArgs
 from configs.training import DataArgs, TrainConfig, ValidationArgs
 from utils.distributed import Ranks
@@ -16,17 +14,8 @@ from .catalog import expand, open_dataset
 from .clips import ClipCollate, ClipMixture
 from .collate import Collate
 from .images import ImageCollate, Stream, open_image_stream
-from .mixture import (
-    ErrorsAsValues,
-    Group,
-    Mixture,
-    Shares,
-    ValueOrError,
-    leave_stopping_to_parent,
-    raise_errors,
-    spread,
-    training_steps,
-)
+from .mixture import Group, Mixture, Shares, evaluation_batches, spread, training_steps
+from .named import NamedCollate, open_named_stream
 from .prompts import PromptCollate, open_prompt_stream
 from .reader import PhraseDataset
 from .sample import Batch
@@ -48,6 +37,8 @@ def open_mixture(config: TrainConfig) -> Mixture | ClipMixture | Stream:
         return open_image_stream(config)
     if config.kind == "prompts":
         return open_prompt_stream(config)
+    if config.kind == "names":
+        return open_named_stream(config)
     if args.clip_frames:
         videos = [open_video_set(name, args.root) for text in args.sets for name in text.split(",")]
         return ClipMixture(videos, args.clip_frames, args.phrases_per_image, args.clip_stride, args.clip_start, seed)
@@ -71,6 +62,9 @@ def open_collate(config: TrainConfig, task: Any) -> Callable[[Sequence[Any]], An
         return ImageCollate(task.spec, task.other_spec, task.cache)
     if config.kind == "prompts":
         return PromptCollate(task.spec, task.prompt_side)
+    if config.kind == "names":
+        names = config.names
+        return NamedCollate(task.spec, names.proposals, names.least_pixels, names.val_prompt)
     if config.kind == "clips":
         return ClipCollate(task.spec, task.other_spec, task.tokenizer)
     return Collate(task.spec, task.other_spec, task.tokenizer, task.cache)
@@ -117,6 +111,7 @@ def open_validation(
     """
     args, data = config.val, config.data
     if isinstance(mixture, Stream):
+        collate = collate.measuring if isinstance(collate, NamedCollate) else collate
         return {
             items.name: ValidationSet(
                 items,
@@ -168,27 +163,3 @@ def open_measured(args: EvalArgs, as_published: bool) -> list[PhraseDataset]:
         )
         for name in names
     ]
-
-
-def evaluation_batches(
-    dataset: Any,
-    collate: Callable[[Sequence[Any]], Any],
-    indices: Sequence[int],
-    batch_size: int,
-    ranks: Ranks,
-    workers: int,
-) -> Iterator[Any]:
-    """Yield this rank's share of the batches of a pass.
-
-    Batches are cut from the order of all images before ranks share them, so a batch is the same on any number of ranks.
-
-    Raises:
-        TextSAMError: what was wrong with a file of a sample.
-    """
-    starts = range(0, len(indices), batch_size)
-    batches = ranks.share([list(indices[start : start + batch_size]) for start in starts])
-    loader = DataLoader(
-        ErrorsAsValues(dataset), batch_sampler=batches, collate_fn=ValueOrError(collate), num_workers=workers,
-        worker_init_fn=leave_stopping_to_parent,
-    )  # fmt: skip
-    yield from raise_errors(loader)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from utils.distributed import Ranks
 from utils.errors import DataError, TextSAMError
 
 from .collate import Collate
@@ -233,3 +234,27 @@ def spread(dataset: PhraseDataset, images: int | None) -> list[int]:
     if images is None or images >= count:
         return list(range(count))
     return np.linspace(0, count - 1, images).round().astype(int).tolist()
+
+
+def evaluation_batches(
+    dataset: Any,
+    collate: Callable[[Sequence[Any]], Any],
+    indices: Sequence[int],
+    batch_size: int,
+    ranks: Ranks,
+    workers: int,
+) -> Iterator[Any]:
+    """Yield this rank's share of the batches of a pass.
+
+    Batches are cut from the order of all images before ranks share them, so a batch is the same on any number of ranks.
+
+    Raises:
+        TextSAMError: what was wrong with a file of a sample.
+    """
+    starts = range(0, len(indices), batch_size)
+    batches = ranks.share([list(indices[start : start + batch_size]) for start in starts])
+    loader = DataLoader(
+        ErrorsAsValues(dataset), batch_sampler=batches, collate_fn=ValueOrError(collate), num_workers=workers,
+        worker_init_fn=leave_stopping_to_parent,
+    )  # fmt: skip
+    yield from raise_errors(loader)

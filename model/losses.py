@@ -19,6 +19,7 @@ TEMPERATURE = 0.07
 EACH_PATCH, NEVER = 3.0, -1e4
 DISTANCE, CELL_SCALE = 10.0, 20.0
 """The code of a point gives its own cell a logit of `CELL_SCALE`."""
+BACKGROUND = 0.1
 OVERSAMPLE, UNCERTAIN_SHARE = 3, 0.75
 """Points: this many times the candidates, and this share of the most uncertain ones among the points."""
 
@@ -173,10 +174,19 @@ def hypothesis_losses(logits: Tensor, targets: Tensor, points: int, generator: t
         random = partial(torch.rand, device=logits.device, generator=generator)
         where = choose_points(rows.detach(), random(len(rows), points * OVERSAMPLE, 2), count)
         where = torch.cat([where, random(len(rows), points - count, 2)], dim=1)
-        truth = _sample(targets[:, None], where.unflatten(0, logits.shape[:2]).flatten(1, 2), "bilinear")
-    return sampled_losses(_sample(rows, where, "bilinear"), truth.unflatten(1, (-1, points)).flatten(0, 1)).unflatten(
-        0, logits.shape[:2]
-    )
+    return losses_at(logits, targets, where.unflatten(0, logits.shape[:2]))
+
+
+def losses_at(logits: Tensor, targets: Tensor, where: Tensor) -> Tensor:
+    """Return the losses of `hypothesis_losses` at given points, float32 [n, M, 2].
+
+    Args:
+        where: x y from 0 to 1, float [n, M, P, 2].
+    """
+    with torch.no_grad():
+        truth = _sample(targets[:, None], where.flatten(1, 2), "bilinear").unflatten(1, where.shape[1:3])
+    found = _sample(logits.flatten(0, 1)[:, None].float(), where.flatten(0, 1), "bilinear")
+    return sampled_losses(found, truth.flatten(0, 1)).unflatten(0, logits.shape[:2])
 
 
 def choose_points(logits: Tensor, candidates: Tensor, count: int) -> Tensor:
@@ -196,6 +206,18 @@ def sampled_losses(logits: Tensor, targets: Tensor) -> Tensor:
     chance = logits.sigmoid()
     dice = 1 - (2 * (chance * targets).sum(1) + 1) / (chance.sum(1) + targets.sum(1) + 1)
     return torch.stack([entropy, dice], dim=1)
+
+
+def name_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of names, float32 [N], 0 where the label is -1.
+
+    Args:
+        logits: float [N, K + 1], the last that of "none of them", which counts a tenth.
+        labels: int64 [N].
+    """
+    weights = logits.new_ones(logits.shape[1], dtype=torch.float32)
+    weights[-1] = BACKGROUND
+    return F.cross_entropy(logits.float(), labels, weights, ignore_index=-1, reduction="none")
 
 
 def least_losses(losses: Tensor, weights: Tensor) -> Tensor:

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from configs.schema import OVSAMConfig
 from configs.training import ModelArgs, TrainConfig
+from utils.class_lists import read_known_names
 from utils.distributed import Ranks
 from utils.embedding_validation import EmbeddingValidation
 from utils.errors import TrainingError
 from utils.feature_cache import FeatureCache
 from utils.image import ImageSpec
 from utils.mask_validation import MaskValidation
+from utils.name_validation import NameValidation
 from utils.tokenizer import PhraseTokenizer
 from utils.validation import open_validation
 
@@ -26,6 +28,8 @@ from .checkpoints.load import find_source, load_model, save_model
 from .distill_step import DistillStep, load_teacher, prepare_student, refuse_phrases, take_decoder
 from .evf import EVFModel
 from .freeze import PartReport, report
+from .name_step import NameStep, named_inputs, prepare_named_step
+from .named_predictor import VOCABULARY_FILE
 from .ovsam_start import set_positions, take_clip
 from .prompt_step import PromptStep, prepare_prompted, prompt_inputs, published_names
 from .training import (
@@ -39,6 +43,7 @@ from .training import (
     restore,
 )
 from .video import VideoPredictor
+from .vocabulary import Vocabulary, read_vocabulary, save_vocabulary
 
 OpenValidation = Callable[[Any, Path, Ranks], Callable[[nn.Module, int], dict[str, float]]]
 
@@ -97,7 +102,9 @@ def open_task(
     Raises:
         TextSAMError: a checkpoint, name, tokenizer or option cannot be used.
     """
-    opened = {"phrases": _phrases, "clips": _phrases, "distill": _distill, "prompts": _prompts}[config.kind]
+    opened = {"phrases": _phrases, "clips": _phrases, "distill": _distill, "prompts": _prompts, "names": _names}[
+        config.kind
+    ]
     return opened(config, strategy, lambda step: restore(step, checkpoint, state["extra"]) if checkpoint else None)
 
 
@@ -182,6 +189,32 @@ def _prompts(config: TrainConfig, strategy: Mapping[str, Any], resume: Callable[
     )
 
 
+def _names(config: TrainConfig, strategy: Mapping[str, Any], resume: Callable[[nn.Module], None]) -> Task:
+    """Return the training of what names regions, and of its mask decoder."""
+    args = config.model
+    if not args.checkpoint:
+        raise TrainingError(
+            "names.vocabulary trains the second stage of Open-Vocabulary SAM, but the result of the first is not "
+            "given. Give its folder, --model.checkpoint runs/NAME/best"
+        )
+    model = load_segmenter(args)
+    probe = prepare_named_step(model)
+    vocabulary, known = read_vocabulary(config.names.vocabulary), read_known_names(config.names.vocabulary)
+    vocabulary.check_width(model.config.segmenter.embed_width)
+    text = prepare_named(model, args)
+    step = NameStep(model, vocabulary, config.loss.points)
+    resume(step)
+    return Task(
+        step=step,
+        parts=report(model, probe.idle),
+        save=partial(save_segmenter, model, text=text, vocabulary=vocabulary),
+        inputs=named_inputs,
+        open_validation=partial(NameValidation, known),
+        spec=model.segmenter.own_image_spec,
+        outside=[f"model.{name}" for name in probe.outside],
+    )
+
+
 def load_segmenter(args: ModelArgs) -> EVFModel:
     """Load a segmenter alone, or build it with random weights, in float32 on the CPU.
 
@@ -213,13 +246,20 @@ def prepare_named(model: EVFModel, args: ModelArgs) -> dict[str, Tensor]:
 
 
 def save_segmenter(
-    model: EVFModel, folder: Path, tensors: Mapping[str, Tensor], text: Mapping[str, Tensor] = MappingProxyType({})
+    model: EVFModel,
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    text: Mapping[str, Tensor] = MappingProxyType({}),
+    vocabulary: Vocabulary | None = None,
 ) -> None:
     """Write a folder that `load_model`, inference.py and the mask generator take.
 
     Args:
         text: CLIP's text tower, which goes with a model that gives names.
+        vocabulary: the names that it was trained with.
     """
     if text:
         save_text(folder, text)
+    if vocabulary is not None:
+        save_vocabulary(folder / VOCABULARY_FILE, vocabulary)
     save_model(model, folder, tensors=model_tensors(model, tensors))

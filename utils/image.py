@@ -112,7 +112,10 @@ class ImageSpec:
         Returns:
             float32 [3, size, size], normalised.
         """
-        pixels = self.resize_image(image)
+        return self.normalise(self.resize_image(image))
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the network input of a picture [3, h, w] that is resized already, h and w at most `size`."""
         if pixels.dtype == torch.uint8:
             pixels = pixels.float() if self.scale == 255.0 else pixels.float().div(255.0)
         mean, std = (torch.tensor(value).view(3, 1, 1) for value in (self.mean, self.std))

@@ -27,9 +27,14 @@ class InstanceMetrics:
             masks, true_masks: bool [N, H, W] at the size of the image, in the same order.
             labels, true_labels: int64 [N].
         """
-        self._ious.append(mask_ious(masks, true_masks).cpu().numpy())
-        self._hits.append((labels == true_labels).cpu().numpy())
-        self._labels.append(true_labels.cpu().numpy())
+        ious = mask_ious(masks, true_masks)
+        self.add(*(part.cpu().numpy() for part in (ious, labels == true_labels, true_labels)))
+
+    def add(self, ious: np.ndarray, hits: np.ndarray, true_labels: np.ndarray) -> None:
+        """Add instances that were compared already: IoU, whether the name is right, and label of each."""
+        self._ious.append(ious)
+        self._hits.append(hits)
+        self._labels.append(true_labels)
 
     def compute(self) -> dict[str, float]:
         """Return `miou`, `base_iou`, `novel_iou` in 0..1 and `score`, `base_score`, `novel_score` in percent.

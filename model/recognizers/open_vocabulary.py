@@ -63,14 +63,7 @@ class Recognizer:
             boxes: float [N, 4], x1 y1 x2 y2 in input pixels.
             image_index: int64 [N].
         """
-        levels, conv = pyramid_level(boxes), self.segmenter.region_conv
-        found = boxes.new_zeros(len(boxes), conv.out_channels)
-        for number, maps in enumerate(features.high_res[:-1]):
-            for rows in (levels == number).nonzero()[:, 0].split(AT_ONCE):
-                regions = _align(maps, boxes[rows], image_index[rows], 4 * 2**number, self.roi_size)
-                grid = F.conv2d(regions, conv.weight.float()).relu()
-                found = found.index_copy(0, rows, grid.mean((2, 3)))
-        return found
+        return embed_regions(self.segmenter, features, boxes, image_index, self.roi_size)
 
     def embed_with_clip(self, features: ImageFeatures, boxes: Tensor, image_index: Tensor) -> Tensor:
         """Return what CLIP sees in boxes, float32 [N, D]; not zero where a box is empty. Arguments as above."""
@@ -84,8 +77,7 @@ class Recognizer:
 
     def logits(self, embedding: Tensor) -> Tensor:
         """Return the logits of the K names and of the background, float32 [N, K + 1], of embeddings [N, D]."""
-        alike = torch.einsum("nd,kpd->nkp", F.normalize(embedding.float(), dim=-1), self._vectors).amax(-1)
-        return LOGIT_SCALE * F.pad(alike, (0, 1))
+        return name_logits(embedding, self._vectors)
 
     def fuse(self, head: Tensor, clip: Tensor, low_res: Tensor) -> Tensor:
         """Return the logits of both branches together, float32 [N, K + 1].
@@ -99,6 +91,30 @@ class Recognizer:
         share = torch.where(is_seen[:, None], self._share.nan_to_num(), 0.0)
         fused = head.log_softmax(-1) * (1 - share) + clip.log_softmax(-1) * share
         return fused.masked_fill(self._never, NEVER)
+
+
+def embed_regions(
+    segmenter: OVSAMSegmenter, features: ImageFeatures, boxes: Tensor, image_index: Tensor, roi_size: int
+) -> Tensor:
+    """Return what the head sees in boxes; see `Recognizer.embed_regions`. Gradients reach the pyramid and the head."""
+    levels, conv = pyramid_level(boxes), segmenter.region_conv
+    found = boxes.new_zeros(len(boxes), conv.out_channels)
+    for number, maps in enumerate(features.high_res[:-1]):
+        for rows in (levels == number).nonzero()[:, 0].split(AT_ONCE):
+            regions = _align(maps, boxes[rows], image_index[rows], 4 * 2**number, roi_size)
+            grid = F.conv2d(regions, conv.weight.float()).relu()
+            found = found.index_copy(0, rows, grid.mean((2, 3)).to(found.dtype))
+    return found
+
+
+def name_logits(embedding: Tensor, vectors: Tensor) -> Tensor:
+    """Return the logits of K names and of the background, float32 [N, K + 1]; see `Recognizer.logits`.
+
+    Args:
+        embedding: float [N, D]; vectors: float32 [K, P, D], unit vectors.
+    """
+    alike = torch.einsum("nd,kpd->nkp", F.normalize(embedding.float(), dim=-1), vectors).amax(-1)
+    return LOGIT_SCALE * F.pad(alike, (0, 1))
 
 
 def coarse_mask(low_res: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ class OVSAMSegmenter(PromptedSAM):
     published model neither; the token itself bears on the mask through attention.
     """
 
-    parts = SAM_PARTS | {"image_encoder": ("neck.",)}  # CLIP is never trained
+    # CLIP is never trained
+    parts = SAM_PARTS | {"image_encoder": ("neck.",), "recognizer": ("pyramid.", "region_conv.")}
 
     def __init__(self, config: OVSAMConfig) -> None:
         """Build the modules."""
