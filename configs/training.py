@@ -348,8 +348,8 @@ class TrainConfig:
             kind == "distill" or not self.model.clip_checkpoint,
             "model.clip_checkpoint is read in the distillation of Open-Vocabulary SAM alone. Leave it out",
         )
-        _require(kind == "names" or "names" not in terms, "loss.names needs names.vocabulary. Give it, or leave it out")
         self._refuse_other_kinds()
+        _require(kind == "names" or "names" not in terms, "loss.names needs names.vocabulary. Give it, or leave it out")
         if kind == "clips":
             wrong = sorted(terms - CLIP_TERMS)
             _require(not wrong, f"loss.{' and loss.'.join(wrong)}: clips know {', '.join(sorted(CLIP_TERMS))} alone")

@@ -1,5 +1,6 @@
 """Open-Vocabulary SAM against numbers of the published code."""
 
+import copy
 import json
 import re
 from functools import cache
@@ -9,11 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from datasets.images import ImageCollate, ImageSample
 from model.checkpoints.evf_sam import SEGMENTERS
 from model.checkpoints.load import build_model
 from model.checkpoints.ovsam import OVSAM as OVSAM_FORMAT
 from model.checkpoints.rules import KeyMap, Section, named_tensors
+from model.distill_step import DistillStep, Teacher
 from model.encoders.clip_text import ClipText, tokenize
+from model.losses import losses_at, name_losses
+from model.name_step import NameStep, prepare_named_step
 from model.predictor import ImagePredictor
 from model.prompts import read_prompts, to_input
 from model.recognizers.open_vocabulary import Recognizer, coarse_mask, mask_boxes, pyramid_level
@@ -22,6 +27,7 @@ from model.types import Prompts
 from model.vocabulary import TEMPLATES, Vocabulary, make_vocabulary, wordings
 from tests.conformance.support import OVSAM, fill_model, golden_tensor, manifest, needs_golden_data
 from utils.centre_points import centre_points
+from utils.feature_cache import FlatFeatures
 from utils.image import read_image
 from utils.label_metrics import InstanceMetrics
 
@@ -245,12 +251,13 @@ def test_text_classifier():
 
 
 @pytest.mark.slow
-def test_gradients_of_the_neck():
-    """Loss and gradients of SAM2CLIP: the neck is trained to make of CLIP's stages what SAM's encoder makes."""
+def test_gradients_of_the_neck(tmp_path):
+    """Loss and gradients of SAM2CLIP as train.py has them, its teacher read from a dump of the published kind."""
     case, golden = read("sam2clip-distill")
     seed, shapes = case["weight_seed"], manifest("sam2clip-vith-rn50x16")
     with torch.device("meta"):
-        segmenter = build_model(model_config("ovsam-rn50x16")).segmenter
+        model = build_model(model_config("ovsam-rn50x16"))
+    segmenter = model.segmenter
     tensors = {n: t for n, t in named_tensors(segmenter).items() if n.startswith(("backbone.", "neck."))}
     published = {ours: theirs[0] for ours, theirs in KeyMap(tensors, (Section("", "", OVSAM_FORMAT),)).theirs.items()}
     published = {ours: re.sub(r"^(backbone|neck)", r"\1_student", theirs) for ours, theirs in published.items()}
@@ -268,9 +275,13 @@ def test_gradients_of_the_neck():
     for number, stage in enumerate(stages, 1):
         assert relative(sampled(stage), golden[f"stage{number}"]) < FEATURES
     segmenter.neck.requires_grad_(True)
-    embedding = segmenter.neck(stages)
-    assert relative(sampled(embedding.detach()), golden["neck"]) < FEATURES
-    loss = F.mse_loss(embedding[0], golden_tensor(seed, "teacher", (256, 64, 64)))
+    with torch.no_grad():
+        assert relative(sampled(segmenter.neck(stages)), golden["neck"]) < FEATURES
+    torch.save(golden_tensor(seed, "teacher", (256, 64, 64)), tmp_path / "a480x640_vit_h_cache.pth")
+    teacher = Teacher(None, segmenter.own_image_spec, "fp32", FlatFeatures(tmp_path, is_complete=True))
+    sample = ImageSample(read_image(OVSAM.joinpath("images", "a480x640.png")), "images/a480x640.png", 0)
+    batch = ImageCollate(segmenter.own_image_spec, teacher.spec, teacher.cache)([sample])
+    loss = DistillStep(model)(*teacher(batch))[0, 0]
     assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
     loss.backward()
     gradients = {published[name]: p.grad for name, p in segmenter.named_parameters() if p.grad is not None}
@@ -278,3 +289,38 @@ def test_gradients_of_the_neck():
         assert gradients[name].norm().item() == pytest.approx(norm, rel=1e-3), name
     assert relative(gradients["neck_student.neck.2.weight"][::16, ::16, 1, 1], golden["grad_out_conv"]) < 1e-3
     assert relative(gradients["neck_student.neck.3.bias"], golden["grad_out_bias"]) < 1e-3
+
+
+@pytest.mark.slow
+def test_gradients_of_masks_and_names(model):
+    """Losses and gradients of CLIP2SAM, two instances prompted by box and two by point, at given points of masks."""
+    case, golden = read("clip2sam-loss")
+    whole = copy.deepcopy(model)
+    segmenter = whole.segmenter
+    probe = prepare_named_step(whole)
+    assert {name.split(".")[2] for name in probe.idle} == {"iou_prediction_head"}  # published: a gradient of 0
+    step = NameStep(whole, vocabulary(case["vocabulary"]), points=12544)
+    pixels = segmenter.image_spec(read_image(OVSAM.joinpath("images", "a480x640.png")))[None]
+    boxes, points = torch.tensor(case["boxes_resized"]), torch.tensor(case["points_resized"])[:, 0].float()
+    by_box, index = torch.tensor([True, True, False, False]), torch.zeros(4, dtype=torch.long)
+    logits, named = step.predict(pixels, boxes, points, by_box, index)
+    assert off(named.detach(), golden["cls_logits"]) < LOGITS
+    assert off(logits[:, 0, ::4, ::4].detach(), golden["low_res_logits"]) < LOGITS
+    height, width = golden["mask_hw"]
+    masks = torch.from_numpy(np.unpackbits(golden["masks"], axis=1)).reshape(4, height, width).float()
+    where = 0.5 + 0.5 * golden_tensor(case["weight_seed"], "points", (4, 12544, 2))
+    masks = losses_at(logits, F.pad(masks, (0, 1024 - width, 0, 1024 - height)), where[:, None])[:, 0]
+    names = name_losses(named, torch.tensor(case["labels"]))
+    losses = {"loss_mask": 5 * masks[:, 0].mean(), "loss_dice": 5 * masks[:, 1].mean(), "loss_cls": 2 * names.mean()}
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(case["losses"], rel=1e-5)
+    sum(losses.values()).backward()
+    tensors = {f"segmenter.{name}": tensor for name, tensor in named_tensors(segmenter).items()}
+    published = KeyMap(tensors, (Section("segmenter.", "", OVSAM_FORMAT),)).theirs
+    gradients = {published[f"segmenter.{name}"][0]: parameter.grad for name, parameter in segmenter.named_parameters()}
+    for name, norm in case["grad_norm"].items():
+        if gradients[name] is None:
+            assert norm == 0, name
+        else:
+            assert gradients[name].norm().item() == pytest.approx(norm, rel=1e-4), name
+    assert relative(gradients["mask_decoder.mask_decoder.mask_tokens.weight"], golden["grad_mask_token"]) < 1e-4
+    assert relative(gradients["mask_decoder.roi_conv.0.conv.weight"][::32, ::16, 0, 0], golden["grad_roi_conv"]) < 1e-4
