@@ -14,11 +14,14 @@ from torch import Tensor
 from utils.errors import CheckpointError
 
 from .checkpoints import evf_sam, ovsam
-from .checkpoints.load import fill_tensors
+from .checkpoints.load import fill_tensors, load_model
 from .checkpoints.rules import KeyMap, Section, named_tensors
 from .evf import EVFModel
+from .registry import find_config
 
 BACKBONE = "segmenter.backbone."
+START = {"backbone.": BACKBONE, "neck.": "segmenter.neck.", "pe.": "segmenter.prompt_encoder."}
+"""What the second stage starts from, as the published files and as we begin the names of tensors."""
 SLOWEST = 10_000.0
 """Longest wave of `sine_table`, in cells over 2 pi."""
 
@@ -38,10 +41,37 @@ def take_clip(model: EVFModel, path: str | Path) -> dict[str, Tensor]:
             f"{path} is no CLIP with its image tower (it holds {', '.join(others) or 'none'}). Needed is OpenAI's "
             "RN50x16.pt, or a state dict as open_clip has it"
         )
-    targets = {name: tensor for name, tensor in named_tensors(model).items() if name.startswith(BACKBONE)}
+    _fill(model, parts, (BACKBONE,))
+    return parts.read_text()
+
+
+def assemble_start(parts: ovsam.PartFiles) -> EVFModel:
+    """Put together what the second stage starts from: published CLIP, neck and prompts, and SAM's first mask.
+
+    What names regions has random weights.
+
+    Raises:
+        CheckpointError: a part is missing, or does not fit the others.
+    """
+    parts.require_all(START)
+    parts.keep(tuple(START))
+    config = find_config("ovsam", *evf_sam.segmenter_shape(parts.shapes, "", "ovsam"), None)
+    model = load_model(config.name, pretrained=False)
+    _fill(model, parts, tuple(START.values()))
+    sam = load_model(parts.file_of("pe."))
+    own, theirs = (dict(one.segmenter.state_dict(keep_vars=True)) for one in (model, sam))
+    own, theirs = fit_decoder(own, theirs)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(theirs[name])
+    return model
+
+
+def _fill(model: EVFModel, parts: ovsam.PartFiles, starts: tuple[str, ...]) -> None:
+    """Put tensors of files into those of a model whose names begin so."""
+    targets = {name: tensor for name, tensor in named_tensors(model).items() if name.startswith(starts)}
     key_map = KeyMap(targets, (Section("segmenter.", "", evf_sam.SEGMENTERS["ovsam"].plain),))
     fill_tensors(model, targets, key_map, parts, torch.device("cpu"), None)
-    return parts.read_text()
 
 
 def fit_decoder(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -25,6 +25,9 @@ class Args:
     """Folder to write; it must not exist, or be empty."""
     vocabulary: Path | None = None
     """Vocabulary of tools/make_vocabulary.py to lay beside the model."""
+    for_training: bool = False
+    """Take no clip2sam_*.pth: the mask decoder is SAM's, and what names regions is random. It is what the second stage
+    of training starts from."""
 
 
 def main() -> int:
@@ -38,10 +41,11 @@ def main() -> int:
     from model.checkpoints.load import assemble_ovsam, save_model
     from model.checkpoints.ovsam import PartFiles
     from model.named_predictor import VOCABULARY_FILE
+    from model.ovsam_start import assemble_start
     from model.vocabulary import read_vocabulary
 
     parts = PartFiles(args.files)
-    model = assemble_ovsam(parts)
+    model = assemble_start(parts) if args.for_training else assemble_ovsam(parts)
     if args.vocabulary is not None:
         read_vocabulary(args.vocabulary).check_width(model.config.segmenter.embed_width)
     logger = logging.getLogger(__name__)

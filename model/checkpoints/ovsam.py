@@ -6,7 +6,7 @@ prompt encoder, sam2clip_*.pth the neck, clip2sam_*.pth the mask decoder and wha
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -139,17 +139,25 @@ class PartFiles:
             if owner == path:
                 logger.info("%s from %s", FILES[part].split(",")[0], path.name)
 
-    def missing(self) -> list[str]:
-        """Return what no file holds, with where it was published."""
-        return [text for part, text in FILES.items() if part not in self._from]
+    def missing(self, needed: Iterable[str] = tuple(FILES)) -> list[str]:
+        """Return which of the needed parts no file holds, with where they were published."""
+        return [FILES[part] for part in needed if part not in self._from]
 
-    def require_all(self) -> None:
+    def file_of(self, part: str) -> Path:
+        """Return the file that a part is taken from."""
+        return self._from[part]
+
+    def keep(self, parts: Sequence[str]) -> None:
+        """Forget the tensors of all other parts."""
+        self.shapes = {name: shape for name, shape in self.shapes.items() if name.startswith(tuple(parts))}
+
+    def require_all(self, needed: Iterable[str] = tuple(FILES)) -> None:
         """Refuse to go on without a part.
 
         Raises:
             CheckpointError: names every part that is missing and its file.
         """
-        if missing := self.missing():
+        if missing := self.missing(needed):
             raise CheckpointError(
                 f"{self.source}: of Open-Vocabulary SAM is missing: {'; '.join(missing)}. Add the file"
             )
