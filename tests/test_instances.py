@@ -32,8 +32,9 @@ from utils.instance_metrics import (
     mean_by_size,
     published_mean_by_size,
 )
-from utils.instance_report import BOX, NEGATIVE, POSITIVE, draw_prompt
+from utils.instance_report import draw_prompt
 from utils.masks import decode_rle
+from utils.visualize import NEGATIVE, POSITIVE
 
 MODELS = {"sam": "sam-vit-pico", "sam2": "sam2-hiera-pico", "efficientvit_sam": "efficientvit-sam-pico"}
 """Family -> a segmenter alone that takes points and boxes."""
@@ -677,7 +678,7 @@ class TestOutput:
     def test_prompts_are_drawn(self):
         image = np.zeros((100, 120, 3), np.uint8)
         boxed = draw_prompt(image, ((10.2, 20.0), (60.0, 80.0)))
-        assert tuple(boxed[20, 30]) == tuple(boxed[50, 10]) == BOX
+        assert tuple(boxed[20, 30]) == tuple(boxed[50, 10]) == POSITIVE
         assert not boxed[50, 30].any()
         clicked = draw_prompt(image, ((30, 40, 1), (90, 70, 0)))
         assert (tuple(clicked[40, 30]), tuple(clicked[70, 90])) == (POSITIVE, NEGATIVE)

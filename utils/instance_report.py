@@ -6,15 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from .evaluation_report import METRICS, WORST, Case, WorstCases, draw_sheet
 from .files import atomic_path, write_json
 from .instance_metrics import InstanceResult, SizeMeans, percent
-from .visualize import save_picture
+from .visualize import mark_boxes, mark_points, save_picture
 
-POSITIVE, NEGATIVE, BOX = (40, 220, 60), (230, 40, 40), (255, 220, 0)
 """Colours of prompts on the sheet."""
 ANNOTATIONS, RESULTS = "annotations.jsonl", "results.json"
 
@@ -85,18 +83,12 @@ class _WithPrompts:
 
 
 def draw_prompt(image: np.ndarray, prompt: Sequence[Sequence[float]]) -> np.ndarray:
-    """Return a copy of an image with a box or clicks, green where positive; see `InstanceResult.prompt`."""
-    picture, size = np.ascontiguousarray(image).copy(), max(1, max(image.shape[:2]) // 200)
+    """Return a copy of an image with a box or clicks; see `InstanceResult.prompt`."""
     if not prompt:
-        return picture
+        return image.copy()
     if len(prompt[0]) == 2:
-        start, end = ([round(value) for value in corner] for corner in prompt)
-        cv2.rectangle(picture, start, end, BOX, size)
-        return picture
-    for x, y, is_positive in prompt:
-        cv2.circle(picture, (int(x), int(y)), 3 * size, (255, 255, 255), -1, cv2.LINE_AA)
-        cv2.circle(picture, (int(x), int(y)), 2 * size, POSITIVE if is_positive else NEGATIVE, -1, cv2.LINE_AA)
-    return picture
+        return mark_boxes(image, np.array(prompt, np.float64).reshape(1, 4))
+    return mark_points(image, np.array(prompt))
 
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

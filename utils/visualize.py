@@ -17,6 +17,8 @@ PALETTE = np.array(
     np.uint8,
 )  # fmt: skip
 """Colours that stay apart for most kinds of colour vision; reused from the start where there are more masks."""
+POSITIVE, NEGATIVE = (40, 180, 60), (220, 40, 40)
+"""Of boxes and of points on an object, and of points that are not."""
 
 
 def overlay(image: np.ndarray, masks: np.ndarray, opacity: float = 0.5) -> np.ndarray:
@@ -67,7 +69,7 @@ def mark_points(picture: np.ndarray, points: np.ndarray) -> np.ndarray:
     for x, y, label in points:
         centre = (round(x), round(y))
         cv2.circle(picture, centre, radius + max(1, radius // 3), (255, 255, 255), -1, cv2.LINE_AA)
-        cv2.circle(picture, centre, radius, (40, 180, 60) if label else (220, 40, 40), -1, cv2.LINE_AA)
+        cv2.circle(picture, centre, radius, POSITIVE if label else NEGATIVE, -1, cv2.LINE_AA)
     return picture
 
 
@@ -76,7 +78,7 @@ def mark_boxes(picture: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     picture = picture.copy()
     thickness = max(1, round(max(picture.shape[:2]) / 300))
     for x1, y1, x2, y2 in boxes.round().astype(int).tolist():
-        cv2.rectangle(picture, (x1, y1), (x2, y2), (40, 180, 60), thickness, cv2.LINE_AA)
+        cv2.rectangle(picture, (x1, y1), (x2, y2), POSITIVE, thickness)
     return picture
 
 
