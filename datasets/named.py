@@ -15,9 +15,9 @@ from torch import Tensor
 
 from configs.training import TrainConfig
 from utils.centre_points import centre_points
-from utils.class_lists import KnownNames, read_known_names
 from utils.errors import DataError
 from utils.image import ImageSpec
+from utils.known_names import KnownNames, read_known_names
 from utils.masks import boxes_of_masks
 
 from .images import Stream, split

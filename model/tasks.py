@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from configs.schema import OVSAMConfig
 from configs.training import ModelArgs, TrainConfig
-from utils.class_lists import read_known_names
 from utils.distributed import Ranks
 from utils.embedding_validation import EmbeddingValidation
 from utils.errors import TrainingError
 from utils.feature_cache import FeatureCache
 from utils.image import ImageSpec
+from utils.known_names import read_known_names
 from utils.mask_validation import MaskValidation
 from utils.name_validation import NameValidation
 from utils.tokenizer import PhraseTokenizer

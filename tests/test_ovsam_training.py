@@ -26,13 +26,14 @@ from model.registry import model_config
 from model.training import optimizer_groups
 from model.vocabulary import read_vocabulary
 from tests.conftest import make_picture
+from tests.instance_layouts import write_lvis
 from tests.ovsam_layouts import COLOURS, PICO, ovsam, write_clip, write_scenes, write_vocabulary
 from tests.train_command import curve, records, train, train_processes
 from tools import assemble_ovsam, dump_features
-from utils.class_lists import read_known_names
 from utils.errors import CheckpointError, DataError, ModelError, TrainingError, VocabularyError
 from utils.feature_cache import FlatFeatures
 from utils.image import ImageSpec, read_image
+from utils.known_names import read_known_names
 from utils.run_folder import RunFolder
 from utils.trainer import Schedule
 
@@ -296,6 +297,28 @@ def test_novel_things_crowds_and_empty_images_are_not_there(data, tmp_path):
     write_scenes(tmp_path, crowd=True)
     with pytest.raises(DataError, match="has no instance of the 2 names"):
         batch_of(data, data={"root": str(tmp_path)})
+
+
+def test_lvis_names_its_images_and_rare_classes(tmp_path):
+    """Images by `coco_url` below one folder; a vocabulary made of the file counts rare classes as novel."""
+    path, _ = write_lvis(tmp_path)
+    write_vocabulary(tmp_path / "v.safetensors", ("car", "kite"), is_base=[True, False], is_novel=[False, True])
+    asked = config(
+        tmp_path,
+        data={"sets": [path.name], "held_out": 0.4},
+        names={"kind": "lvis", "images": "", "vocabulary": str(tmp_path / "v.safetensors"), "resize": [0.1, 2.0]},
+    )
+    stream = open_named_stream(asked)
+    assert stream.pass_length == 2 and len(stream.measured[0]) == 1
+    assert {name for i in range(2) for name in stream[i].item.names} == {"car"}
+    collate = NamedCollate(ImageSpec(64, "letterbox", "cv2-linear"), 8, 4)
+    assert collate([stream[0], stream[1]]).masks.any()
+    batch = collate.measuring([stream.measured[0].load(0)])
+    assert batch.boxes.shape == (len(batch.masks[0]), 4) and batch.labels.tolist() == [0] * len(batch.boxes)
+    centred = replace(collate, measured_by="point").measuring([stream.measured[0].load(0)])
+    height, width = batch.sizes[0]
+    places = (centred.points * max(height, width) / 64).long()
+    assert all(mask[y, x] for mask, (x, y) in zip(batch.masks[0], places, strict=True))
 
 
 def test_instances_that_are_too_small_are_left_out(data):

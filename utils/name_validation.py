@@ -1,5 +1,6 @@
 """What a training on names measures of itself: IoU of the masks, share of right names, and a sheet of both."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,11 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from .class_lists import KnownNames
 from .distributed import Ranks
 from .evaluation_report import folder_name
 from .evaluator import gather
-from .label_metrics import InstanceMetrics
+from .known_names import KnownNames
+from .label_metrics import NameMeans
 from .metrics import over_sets
 from .visualize import overlay, save_picture, thumbnail, with_legend
 
@@ -50,7 +51,7 @@ class NameValidation:
         self.known, self.sets, self.folder, self.ranks = known, sets, folder, ranks
 
     def __call__(self, module: nn.Module, step: int) -> dict[str, float]:
-        """Return what `InstanceMetrics` does, of base and novel names where there are instances, and `named_iou`.
+        """Return what `NameMeans` does, of base and novel names where there are instances, and `named_iou`.
 
         `named_iou` is the mean IoU where a wrong name counts as 0. {} where there are no sets.
         """
@@ -75,12 +76,13 @@ class NameValidation:
 
     def summarise(self, rows: Sequence[_Row]) -> dict[str, float]:
         """Return the numbers of some images."""
-        metrics = InstanceMetrics(self.known.base or (), self.known.novel or ())
-        for row in rows:
-            metrics.add(row.ious, row.labels == row.truth, row.truth)
-        named = np.concatenate([row.ious * (row.labels == row.truth) for row in rows]).mean()
-        numbers = {"named_iou": float(named)} | metrics.compute()
-        return {key: value for key, value in numbers.items() if not np.isnan(value)}
+        columns = (
+            np.concatenate(part).tolist() for part in zip(*((r.truth, r.ious, r.labels) for r in rows), strict=True)
+        )
+        found = [(self.known.kind(true), iou, label == true) for true, iou, label in zip(*columns, strict=True)]
+        named = math.fsum(iou * is_right for _, iou, is_right in found) / len(found)
+        numbers = {"named_iou": named} | NameMeans.of_rows(found).means
+        return {key: value for key, value in numbers.items() if value is not None}
 
 
 def _rows(module: nn.Module, batch: Any) -> list[_Row]:

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from model.types import Prompts
 from model.vocabulary import TEMPLATES, Vocabulary, make_vocabulary, wordings
 from tests.conformance.support import OVSAM, fill_model, golden_tensor, manifest, needs_golden_data
 from utils.centre_points import centre_points
+from utils.class_lists import read_class_list
 from utils.feature_cache import FlatFeatures
 from utils.image import read_image
 from utils.label_metrics import InstanceMetrics
@@ -34,6 +36,7 @@ from utils.label_metrics import InstanceMetrics
 pytestmark = needs_golden_data
 FEATURES, LOGITS, AREA = 2e-5, 1e-3, 10
 IMAGES = ("a480x640", "b640x427")
+LISTS = Path(__file__).parents[2] / "assets" / "class_lists"
 
 
 def read(name):
@@ -221,6 +224,14 @@ def test_metric():
         )
         metrics.update(*parts)
     assert metrics.compute() == pytest.approx(case["result"], rel=1e-5)
+
+
+def test_lists_of_base_and_novel_classes():
+    """Those that we ship are the published ones, by the weights that the published code gave to their logits."""
+    everything, *kinds = (read_class_list(LISTS / f"coco{kind}.txt").names for kind in ("", "_base", "_novel"))
+    assert len(everything) == 80
+    for names, is_member in zip(kinds, members("coco").values(), strict=True):
+        assert names == tuple(name for name, known in zip(everything, is_member.tolist(), strict=True) if known)
 
 
 def test_centre_points():
