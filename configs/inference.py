@@ -21,7 +21,7 @@ class PhraseArgs:
     """Folder for pictures, masks and results.json."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type of the weights; auto is fp16 on CUDA and fp32 elsewhere. Falls back with a warning where a device cannot."""
-    model_type: Literal["auto", "ori", "effi", "sam2", "efficientvit"] = "auto"
+    model_type: Literal["auto", "ori", "effi", "sam2", "efficientvit", "ovsam"] = "auto"
     """Kind of segmenter. The checkpoint says it itself; a value that disagrees is an error."""
     image_size: int | None = None
     """Side of the encoder's image (224 where published); must be what the encoder was trained with, as by default."""
@@ -52,7 +52,7 @@ class InferenceArgs(PhraseArgs):
 
     mode: Literal["text", "point", "box", "all"] | None = None
     """What is asked of an image; by default what is given. `all` is everything on it. But for text, the model must be a
-    SAM, SAM-2 or EfficientViT-SAM."""
+    SAM, SAM-2, EfficientViT-SAM or Open-Vocabulary SAM."""
     point: UseAppendAction[tuple[str, ...]] = ()
     """x,y,label in pixels of the image; label 1 is on the object, 0 is not. Several points mean one object."""
     box: UseAppendAction[tuple[str, ...]] = ()
@@ -71,6 +71,20 @@ class InferenceArgs(PhraseArgs):
     """--mode all: so often the image is cut into 4, 16, ... parts, which are searched too."""
     min_mask_region_area: int = 100
     """--mode all: smaller islands go and smaller holes are filled, in pixels; 0 changes nothing."""
+
+    vocabulary: str | None = None
+    """Name the masks out of these names: words such as 'cat,dog' (wordings of one: 'cat/kitten,dog'); a file (.txt with
+    a name a line, COCO's or LVIS's .json, .safetensors of tools/make_vocabulary); or coco or lvis, which stand for
+    coco.safetensors and so on in the folder of the model that names. By default vocabulary.safetensors there."""
+    name_with: str | None = None
+    """Open-Vocabulary SAM that names the masks of --version, whatever asked for them; not needed where --version is one
+    itself."""
+    top_k: int = 5
+    """Names of each mask, the likeliest first."""
+    branch: Literal["head", "both"] = "head"
+    """Who names: the trained head, or both that and CLIP itself, which may know names that the head does not."""
+    roi_size: int = 12
+    """Side of the grid that the head reads; 7 for what was published for LVIS."""
 
     save_mask: FlagCreatePairsOff[bool] = False
     """Also write <stem>_mask.png, 8 bit, 0 and 255; with --mode all <stem>_labels.png, 16 bit, a number per mask."""

@@ -59,7 +59,8 @@ class MaskGenerator:
     """Finds all objects of an image.
 
     Args:
-        predictor: of a SAM, SAM-2 or EfficientViT-SAM model; its `threshold` says where a mask is.
+        predictor: of a model that takes points; its `threshold` says where a mask is. Open-Vocabulary SAM makes one
+            mask of a point instead of three, and its stability stands for the predicted IoU.
         points_per_side: points of the grid along each side.
         points_per_batch: points that are decoded together.
         pred_iou_thresh: least predicted IoU; 0 or less keeps every mask.
@@ -98,11 +99,6 @@ class MaskGenerator:
                 f"{self.model.config.name} takes no points, so it cannot segment everything. Take a SAM, SAM-2 or "
                 "EfficientViT-SAM model"
             )
-        if self.model.segmenter.masks_per_prompt == 1:
-            raise ModelError(
-                f"{self.model.config.name} makes one mask of a point and does not say how good it is, so it cannot "
-                "segment everything. Find the masks with another model, and name them with this one"
-            )
         counts = {"points_per_side": points_per_side, "points_per_batch": points_per_batch,
                   "crop_n_points_downscale_factor": crop_n_points_downscale_factor}  # fmt: skip
         for name, value in counts.items():
@@ -123,7 +119,7 @@ class MaskGenerator:
 
     @torch.inference_mode()
     def generate(self, image: ImageLike) -> list[dict[str, Any]]:
-        """Return the masks of an image, each as a dict.
+        """Return the masks of an image, each as a dict; the predictor keeps the image, for its next question.
 
         * `segmentation`: bool [H, W], or an RLE, as `output_mode` says; `area`: its pixels.
         * `bbox`: x y width height in pixels, the difference of the first and last pixel; `crop_box`: of the crop it was
@@ -151,7 +147,11 @@ class MaskGenerator:
         left, top, right, bottom = crop
         part = picture[top:bottom, left:right]
         size = part.shape[:2]
-        features = self.predictor._encode([part]).features
+        if layer == 0:
+            self.predictor.set_image(part)
+            features = self.predictor._image.features
+        else:
+            features = self.predictor._encode([part]).features
         grid = point_grid(max(1, int(self.per_side / self.coarser**layer))) * np.array([size[1], size[0]])
         batches = [
             self._decode(features, points, size)
@@ -170,8 +170,9 @@ class MaskGenerator:
         prediction = segmenter.decode(
             features, sparse, dense, torch.zeros(len(points), dtype=torch.long, device=sparse.device)
         )
-        choices = prediction.logits.shape[1] - 1
-        scores, low = prediction.iou[:, 1:].flatten().float(), prediction.logits[:, 1:].flatten(0, 1)
+        first = min(1, prediction.logits.shape[1] - 1)  # of four masks, the first is for clearer prompts
+        choices = prediction.logits.shape[1] - first
+        scores, low = prediction.iou[:, first:].flatten().float(), prediction.logits[:, first:].flatten(0, 1)
         coordinates = coordinates.repeat_interleave(choices, dim=0)
         if self.least_iou > 0:
             kept = scores > self.least_iou

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from utils.tokenizer import PhraseTokenizer, semantic_phrase
 from utils.visualize import overlay, save_picture
 
 from .checkpoints.load import Source, fill_model, find_source, resolve
+from .naming import Named, check_naming, find_namer, own_namer
 from .predictor import ImagePredictor, build_predictor
 from .quantization import quantize_encoder, require_bitsandbytes
 from .questions import Answer, Question, question_of, require_kind, smallest_on_top
@@ -54,6 +55,7 @@ def run(args: InferenceArgs) -> int:
     """
     question = question_of(args)
     check_args(args)
+    check_naming(args)
     jobs = find_images(args.image_path)
     ranks = Ranks.from_environment(args.local_rank)
     ranks.join()
@@ -66,8 +68,12 @@ def run(args: InferenceArgs) -> int:
     only = read_image(jobs[0].path, args.max_pixels) if len(jobs) == 1 and todo else None
     failed: list[str] = []
     if todo:
+        namer = find_namer(args)
         predictor = load(args, ranks, question.kind)
         require_kind(predictor, question, args.engine or args.version)
+        if namer := namer or own_namer(args, predictor):
+            question = Named(question, namer.load(args, predictor), namer.is_own, args.top_k)
+            writer = replace(writer, question=question)
         failed = _work(args, predictor, question, todo, writer, settings, ranks, only)
     ranks.wait_for_all()
     if ranks.is_first:
@@ -87,6 +93,14 @@ def file_state(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
+def source_files(source: str | None) -> list[Path]:
+    """Return the file that a checkpoint or vocabulary is, or those of its folder; none of one that is found by name."""
+    path = Path(source) if source else None
+    if path is None or not path.exists():
+        return []
+    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+
+
 def settings_digest(args: PhraseArgs, asked: Sequence[Any]) -> str:
     """Return a short text that changes with every option, weight file or prompt that changes the masks.
 
@@ -94,12 +108,14 @@ def settings_digest(args: PhraseArgs, asked: Sequence[Any]) -> str:
         asked: what is asked for, for JSON.
     """
     engine = args.engine if isinstance(args, InferenceArgs) else None
-    path = Path(engine or args.version)
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    files, names = source_files(engine or args.version), []
+    if isinstance(args, InferenceArgs):
+        files += [*source_files(args.name_with), *source_files(args.vocabulary)]
+        names = [args.vocabulary, args.name_with, args.top_k, args.branch, args.roi_size]
     values = [
         args.version, *asked, args.precision, args.load_in_8bit, args.load_in_4bit,
         args.model_max_length, args.truncate, [(file.name, *file_state(file)) for file in files],
-        *([engine] if engine else []),
+        *([engine] if engine else []), *names,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
@@ -289,7 +305,7 @@ class Writer:
     def write(self, job: Job, image: np.ndarray, answer: Answer) -> dict[str, Any]:
         """Write the files of one image and return its record for results.json."""
         for k, name in enumerate(self.names_of(job)):
-            picture = self.question.mark(overlay(image, answer.masks[k : k + 1]), k)
+            picture = self.question.mark(overlay(image, answer.masks[k : k + 1]), k, answer)
             save_picture(self.folder / f"{name}_vis.png", picture)
             if self.save_mask:
                 save_mask(self.folder / f"{name}_mask.png", answer.masks[k])

@@ -17,14 +17,13 @@ from utils.precision import choose_device
 
 from .checkpoints.clip import find_text, load_text
 from .checkpoints.load import find_source, load_model
+from .checkpoints.ovsam import VOCABULARY_FILE
 from .encoders.clip_text import ClipText
 from .evf import EVFModel
 from .predictor import ImagePredictor, Prediction
 from .recognizers.open_vocabulary import AT_ONCE, Recognizer, mask_boxes
 from .segmenters.ovsam import OVSAMSegmenter
 from .vocabulary import Vocabulary, make_vocabulary, read_vocabulary
-
-VOCABULARY_FILE = "vocabulary.safetensors"
 
 Branch = Literal["head", "both"]
 
@@ -50,13 +49,13 @@ class OpenVocabularyPredictor:
     """Answers points and boxes with a mask and its names, and names the masks of any other model.
 
     Args:
-        model: Open-Vocabulary SAM, in evaluation mode, on its device.
+        model: Open-Vocabulary SAM, in evaluation mode, on its device; or a predictor of it, whose image is then shared.
         vocabulary: the names to choose from, made or as words; may be set later.
         text: the text tower, needed for words.
         branch: who names: the trained `head`, as in the published demonstration, or `both` that and CLIP itself, as in
             the published evaluation. That gives CLIP the true box; here it is the box of the mask.
         roi_size: see `Recognizer`.
-        threshold: a pixel is in the mask where its logit is above.
+        threshold: a pixel is in the mask where its logit is above; a given predictor has its own.
 
     Raises:
         ModelError: another model, or an unknown branch. VocabularyError: as `set_vocabulary`.
@@ -64,20 +63,22 @@ class OpenVocabularyPredictor:
 
     def __init__(
         self,
-        model: EVFModel,
+        model: EVFModel | ImagePredictor,
         vocabulary: Vocabulary | Sequence[str] | None = None,
         text: ClipText | None = None,
         branch: Branch = "head",
         roi_size: int = 12,
         threshold: float = 0.0,
     ) -> None:
+        predictor = model if isinstance(model, ImagePredictor) else None
+        model = predictor.model if predictor else model
         if not isinstance(model.segmenter, OVSAMSegmenter):
             raise ModelError(f"{model.config.name} gives no names. Take an ovsam model, such as ovsam-rn50x16")
         if branch not in ("head", "both"):
             raise ModelError(f"branch {branch!r}: known are 'head' and 'both'")
         if roi_size < 1:
             raise ModelError(f"roi_size {roi_size}: needed is at least 1")
-        self.predictor = ImagePredictor(model, threshold=threshold)
+        self.predictor = predictor or ImagePredictor(model, threshold=threshold)
         self.text, self.branch, self.roi_size = text, branch, roi_size
         self._recognizer: Recognizer | None = None
         if vocabulary is not None:
@@ -143,10 +144,24 @@ class OpenVocabularyPredictor:
             self.set_vocabulary(vocabulary)
         self._check(top_k)
         found = self.predictor.predict(points=points, labels=labels, boxes=boxes, masks=masks)
-        low_res = torch.from_numpy(found.low_res).to(self.predictor.model.device)
-        named = self._name(mask_boxes(low_res), low_res, top_k)
+        named = self.name_low_res(found.low_res, top_k)
         values = {field.name: getattr(found, field.name) for field in fields(Prediction)}
         return NamedPrediction(names=named.names, probabilities=named.probabilities, **values)
+
+    @torch.inference_mode()
+    def name_low_res(self, low_res: np.ndarray, top_k: int = 5) -> Names:
+        """Name masks of the image that this model predicted.
+
+        Args:
+            low_res: their logits, float32 [N, 4h, 4w]; see `Prediction`.
+            top_k: names of each mask.
+
+        Raises:
+            VocabularyError: no vocabulary.
+        """
+        self._check(top_k)
+        logits = torch.from_numpy(low_res).to(self.predictor.model.device)
+        return self._name(mask_boxes(logits), logits, top_k)
 
     @torch.inference_mode()
     def name_masks(self, masks: np.ndarray | Sequence[dict], top_k: int = 5) -> Names:

@@ -21,12 +21,14 @@ class Answer:
     """What was found on one image.
 
     * `records`: for results.json, one dict per mask.
-    * `masks`: bool [K, H, W]; `logits`: float32 [K, H, W], None where everything was asked for.
+    * `masks`: bool [K, H, W]; `logits`: float32 [K, H, W], None where everything was asked for; `low_res`: float32
+      [K, 4h, 4w], likewise.
     """
 
     records: list[dict[str, Any]]
     masks: np.ndarray
     logits: np.ndarray | None
+    low_res: np.ndarray | None = None
 
 
 class Question(ABC):
@@ -56,7 +58,7 @@ class Question(ABC):
     def picture(self, image: np.ndarray, answer: Answer) -> np.ndarray:
         """Return a picture of all masks, uint8 RGB."""
 
-    def mark(self, picture: np.ndarray, _: int) -> np.ndarray:
+    def mark(self, picture: np.ndarray, k: int, answer: Answer) -> np.ndarray:
         """Return a picture with what asked for mask k drawn in; phrases are not."""
         return picture
 
@@ -88,20 +90,20 @@ class _Prompted(Question):
             }
             for asked, score, box, mask, rle in rows
         ]
-        return Answer(records, masks, logits)
+        return Answer(records, masks, logits, found.low_res.reshape(len(masks), *found.low_res.shape[-2:]))
 
     def picture(self, image: np.ndarray, answer: Answer) -> np.ndarray:
         """Return the masks in colours, with a legend where there are several."""
         picture = overlay(image, answer.masks)
         for k in range(len(self.titles)):
-            picture = self.mark(picture, k)
+            picture = self.mark(picture, k, answer)
         if len(self.titles) == 1:
             return picture
-        rows = enumerate(zip(self.titles, answer.records, strict=True))
-        return with_legend(
-            picture,
-            [f"{k}: {title}  {row['score']:.2f}{'' if row['area'] else ', nothing found'}" for k, (title, row) in rows],
-        )
+        lines = []
+        for k, (title, row) in enumerate(zip(self.titles, answer.records, strict=True)):
+            missing = "" if row["area"] else ", nothing found"
+            lines.append(f"{k}: {title}  {row['score']:.2f}{missing}{names_text(row, before=' | ')}")
+        return with_legend(picture, lines)
 
 
 class Phrases(_Prompted):
@@ -152,7 +154,7 @@ class Places(_Prompted):
             return predictor.predict(points=places[:, :2], labels=places[:, 2], multimask=self.multimask)
         return predictor.predict(boxes=self.boxes, multimask=self.multimask)
 
-    def mark(self, picture: np.ndarray, k: int) -> np.ndarray:
+    def mark(self, picture: np.ndarray, k: int, answer: Answer) -> np.ndarray:
         """Draw the points, or the box of mask k."""
         if self.points:
             return mark_points(picture, np.array(self.points))
@@ -194,6 +196,18 @@ class Everything(Question):
     def picture(self, image: np.ndarray, answer: Answer) -> np.ndarray:
         """Return each pixel in the colour of the smallest mask it lies in."""
         return label_overlay(image, smallest_on_top(answer.masks))
+
+
+def names_text(record: dict[str, Any], most: int | None = None, before: str = "") -> str:
+    """Return the names of a mask's record with their probabilities, '' where it has none: `cat 83%, dog 9%`.
+
+    Args:
+        most: so many of them; None takes all.
+        before: goes before the first name.
+    """
+    rows = [(row["name"].replace("_", " "), row["probability"]) for row in record.get("names", [])[:most]]
+    texts = [f"{name} {chance:.0%}" if chance >= 0.005 else f"{name} <1%" for name, chance in rows]
+    return before + ", ".join(texts) if texts else ""
 
 
 def smallest_on_top(masks: np.ndarray) -> np.ndarray:

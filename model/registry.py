@@ -51,7 +51,9 @@ RELEASED = {
 BUNDLED = {"nano": ("efficient-sam-nano", "nano"), "nano-video": ("sam2-hiera-nano", "nano")}
 """Name of a model that comes with the repository, in `assets/checkpoints/` -> (segmenter, BEiT-3 scale)."""
 
-MODEL_TYPES = {"ori": "sam", "sam2": "sam2", "effi": "efficient_sam", "efficientvit": "efficientvit_sam"}
+MODEL_TYPES = {
+    "ori": "sam", "sam2": "sam2", "effi": "efficient_sam", "efficientvit": "efficientvit_sam", "ovsam": "ovsam",
+}  # fmt: skip
 """The `--model_type` values and the family each stands for; the first three are published."""
 
 

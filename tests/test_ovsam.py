@@ -216,8 +216,6 @@ def test_what_the_model_cannot_do(model, picture):
         plain = ImagePredictor(model)
         plain.set_image(picture)
         plain.predict(points=[[40, 30]], multimask=True)
-    with pytest.raises(ModelError, match="name them with this one"):
-        MaskGenerator(ImagePredictor(model))
     with pytest.raises(ModelError, match="gives no names"):
         OpenVocabularyPredictor(build_model(model_config("sam-vit-pico")))
     with pytest.raises(ModelError, match="'clip': known are"):
@@ -232,6 +230,22 @@ def test_what_the_model_cannot_do(model, picture):
     narrow = Vocabulary(("a",), torch.ones(1, 1, 7))
     with pytest.raises(VocabularyError, match="7 channels, the model needs 48"):
         OpenVocabularyPredictor(model, narrow)
+
+
+def test_everything_with_one_mask_per_point(model, picture):
+    """All masks of the grid where nothing is filtered; the image stays set, so that they can be named."""
+    named = OpenVocabularyPredictor(ImagePredictor(model), random_vocabulary())
+    settings = {"points_per_side": 3, "pred_iou_thresh": 0, "stability_score_thresh": 0, "box_nms_thresh": 1.0}
+    found = MaskGenerator(named.predictor, **settings).generate(picture)
+    plain = ImagePredictor(model)
+    plain.set_image(picture)
+    for row in found:
+        [point] = row["point_coords"]
+        alone = plain.predict(points=[point])
+        assert (row["segmentation"] != alone.masks[0]).sum() <= 2
+        assert row["predicted_iou"] == pytest.approx(float(alone.scores[0]), abs=1e-3)
+    assert len(found) > 1
+    assert named.name_masks(found).probabilities.shape == (len(found), 5)
 
 
 def test_masks_of_another_size(predictor):

@@ -39,8 +39,7 @@ def main() -> int:
         raise CheckpointError("no files. Give RN50x16.pt, sam_vit_h_4b8939.pth, sam2clip_*.pth and clip2sam_*.pth")
     from model.checkpoints.clip import save_text
     from model.checkpoints.load import assemble_ovsam, save_model
-    from model.checkpoints.ovsam import PartFiles
-    from model.named_predictor import VOCABULARY_FILE
+    from model.checkpoints.ovsam import VOCABULARY_FILE, PartFiles
     from model.ovsam_start import assemble_start
     from model.vocabulary import read_vocabulary
 

@@ -47,6 +47,18 @@ def read_class_list(path: str | Path) -> ClassList:
     return ClassList(names)
 
 
+def listed_words(text: str) -> tuple[str, ...]:
+    """Return the names of a list in one line, parted by commas: `cat/kitten, dog` are two, the first with two wordings.
+
+    Raises:
+        VocabularyError: one is empty.
+    """
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise VocabularyError(f"{text!r} has an empty name. Part names by single commas: 'cat,dog'")
+    return names
+
+
 def _categories(content: Any, path: Path) -> ClassList:
     categories = content.get("categories") if isinstance(content, dict) else None
     is_right = isinstance(categories, list) and all(

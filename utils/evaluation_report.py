@@ -22,7 +22,7 @@ from .metrics import (
     published_scores,
     summarise,
 )
-from .visualize import overlay, save_picture
+from .visualize import fit_text, overlay, save_picture
 
 METRICS, PHRASES, WORST = "metrics.json", "phrases.jsonl", "worst.png"
 CASES = 12
@@ -100,16 +100,8 @@ def draw_sheet(cases: Sequence[Case], dataset: Any) -> np.ndarray:
             sheet.paste(ImageOps.contain(picture, (width, height)), (at, top))
         words = f"{case.result.phrase}   [{case.result.key}]"
         draw.text((left, top + height + 2), f"IoU {case.result.iou:.3f}   truth | prediction", fill="black", font=font)
-        draw.text((left, top + height + 2 + line), _fit(words, font, 2 * width), fill="black", font=font)
+        draw.text((left, top + height + 2 + line), fit_text(words, font, 2 * width), fill="black", font=font)
     return np.array(sheet)
-
-
-def _fit(text: str, font: Any, width: int) -> str:
-    """Return one line of text, cut to a width in pixels."""
-    text = " ".join(text.split())
-    while font.getlength(text) > width:
-        text = text[:-2].rstrip("…") + "…"
-    return text
 
 
 def forms_of(dataset: Any, results: Sequence[PhraseResult], empty_pixels: int) -> dict[str, Any]:

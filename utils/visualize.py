@@ -87,8 +87,80 @@ def colours(count: int) -> np.ndarray:
     return PALETTE[np.arange(count) % len(PALETTE)]
 
 
+def write_on_masks(picture: np.ndarray, masks: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+    """Return a copy of a picture with a text in each mask, at its thickest place; the largest masks come first.
+
+    One that would cover an earlier one moves up or down within its mask, or is left out; so is an empty one.
+
+    Args:
+        picture: uint8 RGB [H or more, W, 3].
+        masks: bool [N, H, W].
+    """
+    canvas = Image.fromarray(picture)
+    draw = ImageDraw.Draw(canvas)
+    height, width = masks.shape[1:]
+    font = ImageFont.load_default(max(11, width // 50))
+    pad, used = max(2, width // 300), []
+    for k in np.argsort(-masks.sum((1, 2)), kind="stable"):
+        if not texts[k] or not masks[k].any():
+            continue
+        text = fit_text(texts[k], font, width - 2 * pad)
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        size = (right - left + 2 * pad, bottom - top + 2 * pad)
+        x, y = thickest_place(masks[k])
+        x = max(0, min(x - size[0] // 2, width - size[0]))
+        for shift in (0, 1, -1, 2, -2):
+            middle = y + shift * size[1]
+            upper = max(0, min(middle - size[1] // 2, height - size[1]))
+            box = (x, upper, x + size[0], upper + size[1])
+            is_inside = not shift or (0 <= middle < height and masks[k, middle, x : x + size[0]].any())
+            if is_inside and not any(_overlap(box, other) for other in used):
+                used.append(box)
+                draw.rectangle(box, fill=(20, 20, 20))
+                draw.text((x + pad - left, upper + pad - top), text, fill="white", font=font)
+                break
+    return np.array(canvas)
+
+
+def _overlap(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Return whether two boxes x1 y1 x2 y2 share a pixel."""
+    return all(one[axis] <= other[axis + 2] and other[axis] <= one[axis + 2] for axis in (0, 1))
+
+
+def thickest_place(mask: np.ndarray) -> tuple[int, int]:
+    """Return x and y of a pixel of a mask, bool [H, W], about as far from its edge as can be."""
+    step = max(1, max(mask.shape) // 512)
+    small = np.pad(mask[::step, ::step], 1).astype(np.uint8)
+    if not small.any():  # thinner than a step
+        y, x = np.unravel_index(mask.argmax(), mask.shape)
+        return int(x), int(y)
+    depths = cv2.distanceTransform(small, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    y, x = np.unravel_index(depths.argmax(), depths.shape)
+    return int(x) * step, int(y) * step
+
+
+def fit_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Return one line of text, cut to a width in pixels."""
+    text = " ".join(text.split())
+    while len(text) > 1 and font.getlength(text) > width:
+        text = text[:-2].rstrip("…") + "…"
+    return text
+
+
+def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Return text in lines of at most a width in pixels, broken between words; longer words are cut."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(fit_text(word, font, width))
+    return lines or [""]
+
+
 def with_legend(picture: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-    """Return the picture with a line of text per mask below it, each beside a square of its colour.
+    """Return the picture with a text per mask below it, each beside a square of its colour.
 
     Args:
         picture: uint8 RGB [H, W, 3].
@@ -96,13 +168,15 @@ def with_legend(picture: np.ndarray, texts: Sequence[str]) -> np.ndarray:
     size = max(12, picture.shape[1] // 40)
     font = ImageFont.load_default(size)
     row = int(size * 1.6)
-    canvas = Image.new("RGB", (picture.shape[1], picture.shape[0] + row * len(texts)), "white")
+    wrapped = [wrap_text(text, font, picture.shape[1] - size * 5 // 2) for text in texts]
+    canvas = Image.new("RGB", (picture.shape[1], picture.shape[0] + row * sum(map(len, wrapped))), "white")
     canvas.paste(Image.fromarray(picture))
-    draw = ImageDraw.Draw(canvas)
-    for i, (text, colour) in enumerate(zip(texts, colours(len(texts)), strict=True)):
-        top = picture.shape[0] + i * row
+    draw, top = ImageDraw.Draw(canvas), picture.shape[0]
+    for lines, colour in zip(wrapped, colours(len(texts)), strict=True):
         draw.rectangle((size // 2, top + size // 4, size * 3 // 2, top + size * 5 // 4), fill=tuple(colour.tolist()))
-        draw.text((size * 2, top + size // 8), text, fill="black", font=font)
+        for line in lines:
+            draw.text((size * 2, top + size // 8), line, fill="black", font=font)
+            top += row
     return np.array(canvas)
 
 

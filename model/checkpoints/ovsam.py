@@ -59,6 +59,9 @@ FILES = {
 }
 """Start of the names of a part's tensors -> what it is, and where it was published."""
 
+VOCABULARY_FILE = "vocabulary.safetensors"
+"""Name of the vocabulary in a model's folder that is taken where none is named."""
+
 TEXT = ("positional_embedding", "text_projection", "token_embedding.", "transformer.", "ln_final.")
 """How the names of the text tower's tensors begin in a CLIP file."""
 
