@@ -14,7 +14,10 @@ _OF_PHRASES = (
     "dataset_dir", "val_dataset", "load_in_8bit", "load_in_4bit", "image_size", "model_max_length", "vis_save_path",
     "empty_pixels", "skip_missing", "truncate",
 )  # fmt: skip
-_OF_PROMPTS = ("prompt_type", "num_click", "image_root", "annotation_json_file", "source_json_file")
+_OF_PROMPTS = (
+    "prompt_type", "num_click", "image_root", "annotation_json_file", "source_json_file", "vocabulary", "branch",
+    "roi_size", "base", "novel",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,7 @@ class EvalArgs:
     """What to measure on, one or several: refcoco|unc|val, refcocog|umd|test, grefcoco|unc|val, ade20k|validation, ...;
     all (the eight published splits and their mean); your own .json or .jsonl file; or videos: ref_davis17,
     ref_youtube_vos, mevis, mevis|valid_u."""
-    model_type: Literal["auto", "ori", "effi", "sam2", "efficientvit"] = "auto"
+    model_type: Literal["auto", "ori", "effi", "sam2", "efficientvit", "ovsam"] = "auto"
     """Kind of segmenter. The checkpoint says it itself; a value that disagrees is an error."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type of the weights; auto is fp16 on CUDA, as published, and fp32 elsewhere."""
@@ -55,7 +58,8 @@ class EvalArgs:
     """Folder for metrics.json, phrases.jsonl (a line per phrase) and worst.png; several data sets get a folder each."""
     reference_metric: FlagCreatePairsOff[bool] = False
     """The arithmetic of the published eval.py, quirks included: float32 sums, overlaps of polygons as the value 2, and
-    images counted twice where their number does not divide by the number of processes."""
+    images counted twice where their number does not divide by the number of processes. Of names, the published
+    evaluation: CLIP sees the annotated boxes, with points in pixels that do not fit its input."""
     reference_world: int | None = None
     """With --reference_metric: as if there were this many processes; by default as many as there are."""
     empty_pixels: int | None = None
@@ -75,7 +79,7 @@ class EvalArgs:
 
     dataset: Literal["coco", "lvis"] | None = None
     """Measure a segmenter with points or boxes instead of phrases: any SAM, SAM-2 or EfficientViT-SAM model, also that
-    inside an EVF model; --precision auto is fp32 then."""
+    inside an EVF model; of Open-Vocabulary SAM the names of the masks too. --precision auto is fp32 then."""
     prompt_type: Literal["box", "point", "box_from_detector"] = "box"
     """The annotated boxes, simulated clicks (both: mean IoU), or the boxes of a detector (average precision)."""
     num_click: int | None = None
@@ -87,13 +91,34 @@ class EvalArgs:
     source_json_file: str | None = None
     """What the detector found: a COCO list of results, with image_id, category_id, bbox and score."""
 
+    vocabulary: str | None = None
+    """Names to choose from, as in inference.py; they must be those of the annotations. By default coco.safetensors or
+    lvis.safetensors in the model's folder, or else the categories of the annotations."""
+    branch: Literal["head", "both"] = "both"
+    """Who names: the trained head, or both that and CLIP itself, as published."""
+    roi_size: int | None = None
+    """Side of the grid that the head reads; by default 12 on COCO and 7 on LVIS, as published."""
+    base: str | None = None
+    """Class list (.txt or .json) of the names that the model was trained with; by default as the vocabulary says, or
+    on LVIS the common and frequent ones."""
+    novel: str | None = None
+    """The same of those that it was not trained with, but may answer. Names of neither count in the means of all."""
+
     def check(self) -> None:
         """Refuse options that cannot work, before anything is opened.
 
         Raises:
             TrainingError: which one and why.
         """
-        for name in ("batch_size", "reference_world", "empty_pixels", "max_images", "max_pixels", "num_click"):
+        for name in (
+            "batch_size",
+            "reference_world",
+            "empty_pixels",
+            "max_images",
+            "max_pixels",
+            "num_click",
+            "roi_size",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise TrainingError(f"--{name} {value}: needed is at least 1")
@@ -131,6 +156,8 @@ class EvalArgs:
             raise TrainingError(f"--num_click goes with --prompt_type point, not {self.prompt_type}. Leave it out")
         if self.prompt_type == "box_from_detector" and not self.source_json_file:
             raise TrainingError("--prompt_type box_from_detector needs --source_json_file with the detector's boxes")
+        if (self.base is None) != (self.novel is None):
+            raise TrainingError("--base goes with --novel. Give both, or neither")
         if self.source_json_file and self.prompt_type != "box_from_detector":
             raise TrainingError("--source_json_file goes with --prompt_type box_from_detector. Give both, or neither")
 

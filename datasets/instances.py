@@ -200,6 +200,12 @@ class InstanceSet:
             for one in instances
         ]
 
+    def without_crowds(self) -> "InstanceSet":
+        """Return the same without asking for crowds: they are no instances, and have no one name."""
+        plain = copy.copy(self)
+        plain.asked = [tuple(one for one in some if not one.is_crowd) for some in self.asked]
+        return plain
+
     def annotated(self) -> "InstanceSet":
         """Return the same without detections: images with what was annotated."""
         plain = copy.copy(self)

@@ -12,7 +12,13 @@ from utils.clicks import next_clicks
 from utils.errors import ModelError, TrainingError
 from utils.evaluation_report import Case
 from utils.evaluator import MAX_LOGITS
-from utils.instance_metrics import InstanceResult, closest_detections, count_rles
+from utils.instance_metrics import (
+    InstanceResult,
+    closest_detections,
+    count_rles,
+    mean_by_size,
+    published_mean_by_size,
+)
 from utils.masks import encode_rle
 from utils.metrics import count_pixels
 
@@ -30,12 +36,16 @@ class Answer:
     """The masks of a batch with N prompts.
 
     * `masks`: per image bool [n_i, H_i, W_i], on the model's device; `scores`: float32 [N], the predicted IoU.
-    * `clicks`: int64 [N, K, 3], x y and 1 where positive; None where boxes were given.
+    * `low_res`: their logits [N, 4h, 4w], of all images.
+    * `clicks`: float or int [N, K, 3], x y and 1 where positive; None where boxes were given.
+    * `named`: per mask the likeliest of a list of names, and its probability; None where the model names nothing.
     """
 
     masks: list[Tensor]
     scores: Tensor
+    low_res: Tensor
     clicks: np.ndarray | None
+    named: list[tuple[int, float]] | None = None
 
 
 def require_prompts(model: EVFModel, clicks: int | None) -> None:
@@ -66,6 +76,9 @@ class PromptedEvaluator:
         ModelError: the model takes no such prompts.
     """
 
+    names_masks = False
+    """Whether it gives masks names too."""
+
     def __init__(self, predictor: ImagePredictor, clicks: int | None) -> None:
         require_prompts(predictor.model, clicks)
         self.predictor, self.model, self.clicks = predictor, predictor.model, clicks
@@ -78,23 +91,59 @@ class PromptedEvaluator:
             TrainingError: a mask is not finite.
         """
         features = self.segmenter.encode_image(batch.pixels.to(self.model.dtype))
+        return self.complete(batch, features, self.ask(batch, features))
+
+    def ask(self, batch: Any, features: ImageFeatures) -> Answer:
+        """Return the masks of a batch whose images are encoded."""
         if self.clicks is None:
-            masks, scores = self._predict(batch, features, Prompts(boxes=batch.boxes))
-            return Answer(masks, scores, None)
+            return self._answer(batch, features, self._scale(batch, Prompts(boxes=batch.boxes)), None)
         truths = [masks == 1 for masks in batch.masks]
         predicted = [np.zeros_like(truth) for truth in truths]
         clicks = np.zeros((len(batch.image_index), 0, 3), np.int64)
         for number in range(self.clicks):
             clicks = np.concatenate([clicks, _click(batch, truths, predicted, clicks)[:, None]], axis=1)
             points, labels = torch.from_numpy(clicks[..., :2]).float(), torch.from_numpy(clicks[..., 2])
-            masks, scores = self._predict(batch, features, Prompts(points=points, labels=labels))
+            answer = self._answer(batch, features, self._scale(batch, Prompts(points=points, labels=labels)), clicks)
             if number + 1 < self.clicks:
-                predicted = [part.cpu().numpy() for part in masks]
-        return Answer(masks, scores, clicks)
+                predicted = [part.cpu().numpy() for part in answer.masks]
+        return answer
 
-    def _predict(self, batch: Any, features: ImageFeatures, prompts: Prompts) -> tuple[list[Tensor], Tensor]:
-        """Return masks per image and predicted IoU [N] of prompts in pixels of the images."""
-        scaled, low, scores = self._scale(batch, prompts), [], []
+    def complete(self, batch: Any, features: ImageFeatures, answer: Answer) -> Answer:
+        """Return an answer with what else the model says of its masks: here nothing."""
+        return answer
+
+    def about(self) -> dict[str, Any]:
+        """Return what else metrics.json says of how it was measured: here nothing."""
+        return {}
+
+    def summary(self, results: Sequence[InstanceResult], images: int, world: int | None) -> Any:
+        """Return the means of results.
+
+        Args:
+            images: how many there are, with those that have no annotation.
+            world: take the published arithmetic of so many processes; None takes ours.
+        """
+        return published_mean_by_size(results, images, world) if world else mean_by_size(results)
+
+    def result(self, found: InstanceResult, category: int, answer: Answer, number: int) -> InstanceResult:
+        """Return a result of an annotation of a category with what else the answer says of it: here nothing.
+
+        Args:
+            number: place of its prompt in the batch.
+        """
+        return found
+
+    def _answer(self, batch: Any, features: ImageFeatures, scaled: Prompts, clicks: np.ndarray | None) -> Answer:
+        """Return the masks of prompts in pixels of the network's frame."""
+        logits, scores = self._decode(batch, features, scaled)
+        counts = torch.bincount(batch.image_index, minlength=len(batch)).tolist()
+        parts = zip(logits.split(counts), batch.sizes, strict=True)
+        masks = [self._full_size(rows, size) for rows, size in parts]
+        return Answer(masks, scores, logits, clicks)
+
+    def _decode(self, batch: Any, features: ImageFeatures, scaled: Prompts) -> tuple[Tensor, Tensor]:
+        """Return mask logits [N, 4h, 4w] and predicted IoU [N] of prompts in pixels of the network's frame."""
+        low, scores = [], []
         step = PROMPTS_ON_CPU if self.model.device.type == "cpu" else MAX_PROMPTS
         for start in range(0, len(batch.image_index), step):
             part = slice(start, start + step)
@@ -109,9 +158,7 @@ class PromptedEvaluator:
             raise TrainingError(
                 f"a mask of {batch.keys} is not finite in {logits.dtype}. Evaluate in fp32, or check the weights"
             )
-        counts = torch.bincount(batch.image_index, minlength=len(batch)).tolist()
-        parts = zip(logits.split(counts), batch.sizes, strict=True)
-        return [self._full_size(rows, size) for rows, size in parts], torch.cat(scores)
+        return logits, torch.cat(scores)
 
     def _scale(self, batch: Any, prompts: Prompts) -> Prompts:
         """Return prompts of all images in pixels of the network's frame."""
@@ -175,7 +222,7 @@ def measure_annotations(
         answer = ask(batch)
         truths = (torch.from_numpy(truth).to(ask.model.device) for truth in batch.masks)
         counts = [count_pixels(*pair) for pair in zip(answer.masks, truths, strict=True)]
-        found = _results(batch, instances, torch.cat(counts).tolist(), answer)
+        found = _results(ask, batch, instances, torch.cat(counts).tolist(), answer)
         results += found
         if on_batch:
             on_batch(batch, found, answer.masks)
@@ -184,29 +231,30 @@ def measure_annotations(
     return results
 
 
-def _results(batch: Any, instances: Any, counts: list[list[int]], answer: Answer) -> list[InstanceResult]:
+def _results(
+    ask: PromptedEvaluator, batch: Any, instances: Any, counts: list[list[int]], answer: Answer
+) -> list[InstanceResult]:
     prompts = (batch.boxes.reshape(-1, 2, 2) if answer.clicks is None else answer.clicks).tolist()
     places = [(i, place) for i, masks in enumerate(batch.masks) for place in range(len(masks))]
     rows = zip(places, counts, prompts, answer.scores.tolist(), strict=True)
     results = []
-    for (i, place), (intersection, union, target, predicted), prompt, score in rows:
+    for number, ((i, place), (intersection, union, target, predicted), prompt, score) in enumerate(rows):
         about = instances.asked[batch.indices[i]][place]
-        results.append(
-            InstanceResult(
-                id=str(about.id),
-                phrase=instances.names[about.category],
-                key=batch.keys[i],
-                image=batch.indices[i],
-                place=place,
-                intersection=intersection,
-                union=union,
-                target=target,
-                predicted=predicted,
-                score=score,
-                area=about.area,
-                prompt=tuple(map(tuple, prompt)),
-            )
+        found = InstanceResult(
+            id=str(about.id),
+            phrase=instances.names[about.category],
+            key=batch.keys[i],
+            image=batch.indices[i],
+            place=place,
+            intersection=intersection,
+            union=union,
+            target=target,
+            predicted=predicted,
+            score=score,
+            area=about.area,
+            prompt=tuple(map(tuple, prompt)),
         )
+        results.append(ask.result(found, about.category, answer, number))
     return results
 
 

@@ -11,10 +11,12 @@ import torch
 from tqdm import tqdm
 
 from configs.evaluation import EvalArgs
+from configs.schema import OVSAMConfig
 from utils.distributed import Ranks
+from utils.errors import ModelError, TrainingError
 from utils.evaluation_report import WorstCases
 from utils.evaluator import gather, gather_results, gather_to_first
-from utils.instance_metrics import average_precision, in_published_order, mean_by_size, published_mean_by_size
+from utils.instance_metrics import average_precision, in_published_order
 from utils.instance_report import heading, precision_text, write_annotations, write_detections
 from utils.precision import choose_device, choose_dtype
 
@@ -34,7 +36,10 @@ def run(args: EvalArgs, instances: Any, ranks: Ranks) -> int:
         TextSAMError: the model takes no such prompts, or a file is damaged.
     """
     ranks.join()
-    work = _Work(args, instances, ranks, load(args, ranks), instances.spread(args.max_images))
+    ask = load(args, ranks, instances)
+    if ask.names_masks:
+        instances = instances.without_crowds()
+    work = _Work(args, instances, ranks, ask, instances.spread(args.max_images))
     text = work.annotations() if instances.detections is None else work.detections()
     if ranks.is_first:
         sys.stdout.write(text + "\n")
@@ -43,8 +48,11 @@ def run(args: EvalArgs, instances: Any, ranks: Ranks) -> int:
     return 0
 
 
-def load(args: EvalArgs, ranks: Ranks) -> PromptedEvaluator:
+def load(args: EvalArgs, ranks: Ranks, instances: Any) -> PromptedEvaluator:
     """Load the segmenter that `--version` names, alone or inside an EVF model, whose encoder is left out.
+
+    Args:
+        instances: what is measured; their classes are what Open-Vocabulary SAM names masks by.
 
     Raises:
         TextSAMError: the checkpoint cannot be used, or takes no such prompts.
@@ -54,6 +62,12 @@ def load(args: EvalArgs, ranks: Ranks) -> PromptedEvaluator:
     clicks = (args.num_click or 1) if args.prompt_type == "point" else None
     source = resolve(find_source(args.version))
     check_family(args.model_type, args.version, source.config)
+    names_masks = isinstance(source.config.segmenter, OVSAMConfig) and args.prompt_type != "box_from_detector"
+    check_options(args, names_masks)
+    if names_masks:
+        from .named_eval import find_classes, open_evaluator  # open_clip and torchvision: others need not wait for them
+
+        classes = find_classes(args, source, instances, device)
     model = fill_model(source, torch.device("cpu"), dtype)
     require_prompts(model, clicks)
     predictor = ImagePredictor(model, None, "evaluation")  # while it has its encoder, which says how images are resized
@@ -61,7 +75,27 @@ def load(args: EvalArgs, ranks: Ranks) -> PromptedEvaluator:
     model.to(device)
     if args.compile:
         model.segmenter.compile_image_encoder()
-    return PromptedEvaluator(predictor, clicks)
+    return open_evaluator(args, predictor, classes) if names_masks else PromptedEvaluator(predictor, clicks)
+
+
+def check_options(args: EvalArgs, names_masks: bool) -> None:
+    """Refuse options about names where none are measured, and one that has no bearing where they are.
+
+    Raises:
+        ModelError: a model that names nothing. TrainingError: another such option.
+    """
+    for name in ("vocabulary", "roi_size", "base", "novel"):
+        if getattr(args, name) is not None and not names_masks:
+            raise ModelError(
+                f"--{name} is about names, which {args.version} with --prompt_type {args.prompt_type} does not give. "
+                "Take an Open-Vocabulary SAM and boxes or points, or leave it out"
+            )
+    if names_masks and args.reference_metric and args.num_click not in (None, 1):
+        raise TrainingError(
+            "--reference_metric: the published evaluation of names has one click. Leave --num_click out"
+        )
+    if args.reference_world and names_masks:
+        raise TrainingError("--reference_world: the published evaluation of names counts no image twice. Leave it out")
 
 
 @dataclass(frozen=True)
@@ -85,7 +119,7 @@ class _Work:
         if not self.ranks.is_first:
             return ""
         world = self._world
-        means = published_mean_by_size(results, len(self.instances), world) if world else mean_by_size(results)
+        means = self.ask.summary(results, len(self.instances), world)
         if self.args.out:
             write_annotations(Path(self.args.out), self._about(), means, results, cases, self.instances)
         return f"{self._heading(means.counts['all'], 'annotations')}\n{means.text()}"
@@ -118,7 +152,9 @@ class _Work:
 
     @property
     def _world(self) -> int | None:
-        return (self.args.reference_world or self.ranks.world) if self.args.reference_metric else None
+        if self.ask.names_masks or not self.args.reference_metric:
+            return None
+        return self.args.reference_world or self.ranks.world
 
     @property
     def _is_whole(self) -> bool:
@@ -127,7 +163,9 @@ class _Work:
     def _heading(self, count: int, what: str) -> str:
         counted = f"{count} {what} of {len(self.indices)} images"
         shortfall = "" if self._is_whole else f"of the {len(self.instances)} that there are: NOT the score of the set"
-        return heading(self.instances.name, self.args.prompt_type, counted, self._world, shortfall)
+        prompt = self.args.prompt_type
+        prompt += " as published" if self.args.reference_metric and self.ask.names_masks else ""
+        return heading(self.instances.name, prompt, counted, self._world, shortfall)
 
     def _about(self) -> dict[str, Any]:
         model = self.ask.model
@@ -140,4 +178,4 @@ class _Work:
             "images": len(self.indices),
             "is_whole": self._is_whole,
         }
-        return found | ({"processes": self._world} if self._world else {})
+        return found | self.ask.about() | ({"processes": self._world} if self._world else {})

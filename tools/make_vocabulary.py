@@ -6,13 +6,12 @@ python -m tools.make_vocabulary --published RN50x16_LVISV1Dataset.pth --classes 
 """
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs.cli import parse
-from utils.class_lists import ClassList, read_class_list
-from utils.errors import ModelError, VocabularyError, nearest, run_main
+from utils.class_lists import ClassList, members, read_class_list
+from utils.errors import ModelError, VocabularyError, run_main
 
 
 @dataclass(frozen=True)
@@ -59,41 +58,25 @@ def main() -> int:
     if not isinstance(config, OVSAMConfig):
         raise ModelError(f"--model {args.model} gives no names. Take ovsam-rn50x16 or another of its family")
     check_names(listed.names)
-    is_base, is_novel = (
-        None if path is None else _members(listed.names, read_class_list(path).names, path)
-        for path in (args.base, args.novel)
-    )
+    is_base, is_novel = (None if path is None else members(listed.names, path) for path in (args.base, args.novel))
     if listed.rare is not None and args.base is None and args.novel is None:
         is_novel = list(listed.rare)
         is_base = [not rare for rare in is_novel]
-    members = {
+    kinds = {
         name: None if values is None else torch.tensor(values)
         for name, values in (("is_base", is_base), ("is_novel", is_novel))
     }
     if args.published is not None:
-        vocabulary = replace(read_vocabulary(args.published, listed.names), **members)
+        vocabulary = replace(read_vocabulary(args.published, listed.names), **kinds)
         vocabulary.check_width(config.embed_width)
     else:
         weights = find_text(args.text) if args.text.is_dir() else args.text
         if weights is None:
             raise VocabularyError(f"--text {args.text} has no text tower (text.safetensors or RN50x16.pt) in it")
-        vocabulary = make_vocabulary(load_text(config, weights), listed.names, **members)
+        vocabulary = make_vocabulary(load_text(config, weights), listed.names, **kinds)
     save_vocabulary(args.output, vocabulary)
     logging.getLogger(__name__).info("%d names written to %s", len(vocabulary), args.output)
     return 0
-
-
-def _members(names: Sequence[str], some: Sequence[str], path: Path) -> list[bool]:
-    """Return for each name whether it is among some of them.
-
-    Raises:
-        VocabularyError: one of them is not a name.
-    """
-    for name in some:
-        if name not in names:
-            raise VocabularyError(f"{path}: {name!r} is not in the class list.{nearest(name, names)}")
-    chosen = set(some)
-    return [name in chosen for name in names]
 
 
 if __name__ == "__main__":

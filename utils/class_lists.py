@@ -1,11 +1,12 @@
 """Lists of class names as users have them: an annotation file of COCO or LVIS, or a text file with one name a line."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import VocabularyError
+from .errors import VocabularyError, nearest
 
 MAX_TEXT, MAX_JSON = 16 << 20, 4 << 30
 """Bounds on the bytes of a list and of an annotation file; LVIS has 1.1 GB."""
@@ -45,6 +46,18 @@ def read_class_list(path: str | Path) -> ClassList:
     if not names:
         raise VocabularyError(f"{path} holds no names. Write one a line")
     return ClassList(names)
+
+
+def members(names: Sequence[str], path: str | Path) -> list[bool]:
+    """Return for each name whether a class list holds it.
+
+    Raises:
+        VocabularyError: as `read_class_list`, or the list holds something that is not a name.
+    """
+    chosen = set(read_class_list(path).names)
+    if unknown := sorted(chosen - set(names)):
+        raise VocabularyError(f"{path}: {unknown[0]!r} is not in the class list.{nearest(unknown[0], names)}")
+    return [name in chosen for name in names]
 
 
 def listed_words(text: str) -> tuple[str, ...]:

@@ -46,9 +46,9 @@ class Case:
 
     @property
     def badness(self) -> tuple[float, int, int, int]:
-        """What cases are ranked by: a low IoU, then many wrong pixels, then the order of the data set."""
+        """What cases are ranked by: little merit, as a low IoU, then many wrong pixels, then the order of the set."""
         image, place = self.result.order
-        return -self.result.iou, self.result.union, -image, -place
+        return -self.result.merit, self.result.union, -image, -place
 
     def __lt__(self, other: "Case") -> bool:
         return self.badness < other.badness
@@ -98,7 +98,7 @@ def draw_sheet(cases: Sequence[Case], dataset: Any) -> np.ndarray:
         for at, mask in ((left, truth), (left + width + 8, decode_rle(case.mask))):
             picture = Image.fromarray(overlay(image, mask[None]))
             sheet.paste(ImageOps.contain(picture, (width, height)), (at, top))
-        words = f"{case.result.phrase}   [{case.result.key}]"
+        words = f"{case.result.caption}   [{case.result.key}]"
         draw.text((left, top + height + 2), f"IoU {case.result.iou:.3f}   truth | prediction", fill="black", font=font)
         draw.text((left, top + height + 2 + line), fit_text(words, font, 2 * width), fill="black", font=font)
     return np.array(sheet)

@@ -53,6 +53,16 @@ class PhraseResult:
         return self.intersection / self.union if self.union else 1.0
 
     @property
+    def merit(self) -> float:
+        """How good it is; the worst are shown."""
+        return self.iou
+
+    @property
+    def caption(self) -> str:
+        """What a picture of it says."""
+        return self.phrase
+
+    @property
     def order(self) -> tuple[int, int]:
         """What results are sorted by."""
         return self.image, self.place
