@@ -91,9 +91,7 @@ def check_options(args: EvalArgs, names_masks: bool) -> None:
                 "Take an Open-Vocabulary SAM and boxes or points, or leave it out"
             )
     if names_masks and args.reference_metric and args.num_click not in (None, 1):
-        raise TrainingError(
-            "--reference_metric: the published evaluation of names has one click. Leave --num_click out"
-        )
+        raise TrainingError("--reference_metric: the published evaluation of names has one click, not --num_click")
     if args.reference_world and names_masks:
         raise TrainingError("--reference_world: the published evaluation of names counts no image twice. Leave it out")
 

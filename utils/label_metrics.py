@@ -35,7 +35,7 @@ class NamedResult(InstanceResult):
     @property
     def caption(self) -> str:
         """The class and the name that was given."""
-        return f"{self.phrase}, named {'right' if self.is_right else self.answer}, {self.probability:.0%}"
+        return f"{self.phrase}: named {self.answer}, {self.probability:.0%}{'' if self.is_right else ' (wrong)'}"
 
     def to_json(self) -> dict[str, Any]:
         """Return a line of annotations.jsonl."""

@@ -110,7 +110,7 @@ def write_on_masks(picture: np.ndarray, masks: np.ndarray, texts: Sequence[str])
         x, y = thickest_place(masks[k])
         x = max(0, min(x - size[0] // 2, width - size[0]))
         for shift in (0, 1, -1, 2, -2):
-            middle = y + shift * size[1]
+            middle = y + shift * (size[1] + 1)
             upper = max(0, min(middle - size[1] // 2, height - size[1]))
             box = (x, upper, x + size[0], upper + size[1])
             is_inside = not shift or (0 <= middle < height and masks[k, middle, x : x + size[0]].any())
@@ -128,14 +128,15 @@ def _overlap(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 
 
 def thickest_place(mask: np.ndarray) -> tuple[int, int]:
-    """Return x and y of a pixel of a mask, bool [H, W], about as far from its edge as can be."""
+    """Return x and y of a pixel of a mask, bool [H, W], far from its edge; of several the one nearest to its middle."""
     step = max(1, max(mask.shape) // 512)
     small = np.pad(mask[::step, ::step], 1).astype(np.uint8)
     if not small.any():  # thinner than a step
         y, x = np.unravel_index(mask.argmax(), mask.shape)
         return int(x), int(y)
     depths = cv2.distanceTransform(small, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
-    y, x = np.unravel_index(depths.argmax(), depths.shape)
+    deep = np.argwhere(depths > 0.9 * depths.max())
+    y, x = deep[((deep - np.argwhere(depths > 0).mean(0)) ** 2).sum(1).argmin()]
     return int(x) * step, int(y) * step
 
 
