@@ -92,8 +92,8 @@ class EvalArgs:
     """What the detector found: a COCO list of results, with image_id, category_id, bbox and score."""
 
     vocabulary: str | None = None
-    """Names to choose from, as in inference.py; they must be those of the annotations. By default coco.safetensors or
-    lvis.safetensors in the model's folder, or else the categories of the annotations."""
+    """Names to choose from, as in inference.py; they must be those of the annotations. By default coco.safetensors (or
+    lvis) in the model's folder, else vocabulary.safetensors there, else the categories of the annotations."""
     branch: Literal["head", "both"] = "both"
     """Who names: the trained head, or both that and CLIP itself, as published."""
     roi_size: int | None = None

@@ -21,6 +21,7 @@ from utils.instance_metrics import InstanceResult
 from utils.label_metrics import NamedResult, NameMeans
 
 from .checkpoints.load import Source
+from .checkpoints.ovsam import VOCABULARY_FILE
 from .naming import Namer, find_vocabulary, folder_of
 from .predictor import ImagePredictor
 from .prompted_eval import Answer, PromptedEvaluator
@@ -158,13 +159,14 @@ def find_classes(args: EvalArgs, source: Source, instances: Any, device: torch.d
     Raises:
         VocabularyError: no vocabulary, or one that is not of these annotations.
     """
-    made = folder_of(source.path) / f"{args.dataset}.safetensors"
-    if args.vocabulary is None and not made.is_file():
-        vocabulary = _categories(args, source, instances)
-    else:
-        vocabulary = find_vocabulary(args.vocabulary or args.dataset, source.path)
+    folder, where = folder_of(source.path), args.vocabulary
+    files = (folder / f"{args.dataset}.safetensors", folder / VOCABULARY_FILE)
+    if where is None:
+        where = next((str(path) for path in files if path.is_file()), None)
+    vocabulary = _categories(args, source, instances) if where is None else find_vocabulary(where, source.path)
     found = Namer(source.path, source.config, vocabulary, is_own=True).read_vocabulary(device)
-    return with_kinds(match(found, instances, args.vocabulary or str(made)), instances, args.base, args.novel)
+    classes = match(found, instances, where or "its categories", f"--text {folder} --output {files[0]}")
+    return with_kinds(classes, instances, args.base, args.novel)
 
 
 def open_evaluator(args: EvalArgs, predictor: ImagePredictor, classes: Classes) -> NamedEvaluator:
@@ -187,15 +189,17 @@ def _categories(args: EvalArgs, source: Source, instances: Any) -> ClassList:
     return ClassList(tuple(instances.names[one] for one in sorted(instances.names)))
 
 
-def match(vocabulary: Vocabulary, instances: Any, where: str) -> Classes:
+def match(vocabulary: Vocabulary, instances: Any, where: str, remedy: str) -> Classes:
     """Return which name each category of the annotations is: the same, or the same as its first wording.
 
     Args:
         where: what errors call the vocabulary.
+        remedy: options of tools/make_vocabulary.py that make another.
 
     Raises:
         VocabularyError: a category or a name is left over.
     """
+    advice = f"Make that of these annotations: python -m tools.make_vocabulary --classes {instances.path} {remedy}"
     rows = {name: row for row, name in reversed(list(enumerate(vocabulary.names)))}
     firsts = {wordings(name)[0]: row for row, name in reversed(list(enumerate(vocabulary.names)))}
     found = {}
@@ -204,15 +208,13 @@ def match(vocabulary: Vocabulary, instances: Any, where: str) -> Classes:
         if row is None:
             raise VocabularyError(
                 f"class list and annotations disagree: category {name!r} of {instances.path} is not in {where}."
-                f"{nearest(name, vocabulary.names)} Make the vocabulary of these annotations"
+                f"{nearest(name, vocabulary.names)} {advice}"
             )
         found[category] = row
     left = sorted(set(range(len(vocabulary))) - set(found.values()))
     if left or len(set(found.values())) < len(found):
         reason = f"{vocabulary.names[left[0]]!r} of {where} is no category of" if left else "two names are one in"
-        raise VocabularyError(
-            f"class list and annotations disagree: {reason} {instances.path}. Make the vocabulary of these annotations"
-        )
+        raise VocabularyError(f"class list and annotations disagree: {reason} {instances.path}. {advice}")
     return Classes(vocabulary, found)
 
 

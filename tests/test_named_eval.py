@@ -52,20 +52,20 @@ def lvis(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vocabulary(ovsam, coco, tmp_path_factory):
-    """Return a vocabulary file that says what is base and novel; either name is what the model sees in one box."""
+    """Return a vocabulary file that says what is base and novel; either name is what the model sees of one thing."""
     made = make_vocabulary(make_text(), NAMES)
     slow, seen = Slow(ovsam, coco, made), {}
-    for one, _ in slow.asked():
-        x, y, w, h = one["bbox"]
-        low = torch.from_numpy(slow.named.predict(boxes=[x, y, x + w, y + h]).low_res)
+    for one, truth in slow.asked():
+        points = centre_points(torch.from_numpy(truth)[None]).tolist()
+        low = torch.from_numpy(slow.named.predict(points=points).low_res)
         features = slow.named.predictor._image.features
         with torch.no_grad():
             found = slow.named._recognizer.embed_regions(features, mask_boxes(low), torch.zeros(1, dtype=torch.long))
-        seen[slow.category(one)] = found[0]  # of several the last
-    apart = F.normalize(torch.stack([seen["kite"] - seen["car"], seen["car"] - seen["kite"]]), dim=1)
+        seen.setdefault((slow.category(one), one["image_id"]), found[0])
+    vectors = F.normalize(torch.stack([seen["kite", 49], seen["car", 9]]), dim=1)
     flags = {"is_base": torch.tensor([False, True]), "is_novel": torch.tensor([True, False])}
     path = tmp_path_factory.mktemp("names") / "v.safetensors"
-    save_vocabulary(path, replace(made, vectors=apart[:, None].expand_as(made.vectors).contiguous(), **flags))
+    save_vocabulary(path, replace(made, vectors=vectors[:, None].expand_as(made.vectors).contiguous(), **flags))
     return path
 
 
@@ -209,13 +209,18 @@ class TestNumbers:
         run(out=tmp_path, prompt_type="point", num_click=2)
         assert {len(row["prompt"]) for row in read(tmp_path)[1]} == {2}
 
-    def test_the_file_beside_the_model(self, run, ovsam, vocabulary, tmp_path):
+    @pytest.mark.parametrize("name", ["coco", "vocabulary"])
+    def test_the_file_beside_the_model(self, run, ovsam, vocabulary, tmp_path, name):
         folder = tmp_path / "model"
         folder.mkdir()
         for path in ovsam.iterdir():
             (folder / path.name).symlink_to(path)
-        (folder / "coco.safetensors").symlink_to(vocabulary)
+        (folder / f"{name}.safetensors").symlink_to(vocabulary)
         assert run(version=folder) == run(vocabulary=vocabulary)
+        (folder / f"{name}.safetensors").unlink()
+        save_vocabulary(folder / f"{name}.safetensors", make_vocabulary(make_text(), ["car", "zebra"]))
+        with pytest.raises(VocabularyError, match=rf"'kite' .* not in .*{name}.safe.*--output .*coco.safe"):
+            run(version=folder)
 
     def test_two_processes_write_the_same_bytes(self, run, ovsam, coco, vocabulary, tmp_path):
         options = {"vocabulary": vocabulary, "prompt_type": "point", "batch_size": 2}
