@@ -25,11 +25,11 @@ from utils.validation import open_validation
 
 from .checkpoints.clip import find_text, read_text, save_text
 from .checkpoints.load import find_source, load_model, save_model
+from .checkpoints.ovsam import VOCABULARY_FILE
 from .distill_step import DistillStep, load_teacher, prepare_student, refuse_phrases, take_decoder
 from .evf import EVFModel
 from .freeze import PartReport, report
 from .name_step import NameStep, named_inputs, prepare_named_step
-from .named_predictor import VOCABULARY_FILE
 from .ovsam_start import set_positions, take_clip
 from .prompt_step import PromptStep, prepare_prompted, prompt_inputs, published_names
 from .training import (
