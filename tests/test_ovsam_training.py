@@ -22,6 +22,7 @@ from model.losses import losses_at, name_losses
 from model.name_step import NameStep, named_inputs, prepare_named_step
 from model.named_predictor import load_open_vocabulary
 from model.ovsam_start import set_positions, sine_table, take_clip
+from model.recognizers.open_vocabulary import name_logits
 from model.registry import model_config
 from model.training import optimizer_groups
 from model.vocabulary import read_vocabulary
@@ -426,6 +427,18 @@ def test_boxes_and_points_go_together(data, vocabulary):
     assert torch.allclose(logits[batch.by_box], boxed[batch.by_box], atol=1e-5)
     assert torch.allclose(logits[~batch.by_box], pointed[~batch.by_box], atol=1e-5)
     assert not torch.allclose(boxed, pointed, atol=1e-3)
+
+
+def test_names_are_compared_in_float32_whatever_the_precision(data, vocabulary):
+    step = named_step(vocabulary=vocabulary)
+    inputs = named_inputs(batch_of(data, (0,))[1])
+    with torch.no_grad():
+        exact, seen = step(*inputs), torch.rand(3, 48)
+        logits = name_logits(seen, step.vectors)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = step(*inputs)
+            assert torch.equal(name_logits(seen, step.vectors), logits)
+    assert rough.dtype == torch.float32 and torch.allclose(rough, exact, atol=0.5)
 
 
 def test_losses_by_hand():

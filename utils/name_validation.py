@@ -103,6 +103,6 @@ def draw_sheet(rows: Sequence[_Row], dataset: Any, names: Sequence[str]) -> np.n
         pictures = [overlay(item.image, masks) for masks in (item.masks[:LINES] > 0, row.shown)]
         tiles = np.concatenate([thumbnail(picture, TILE) for picture in pictures], axis=1)
         pairs = list(zip(row.truth, row.labels, row.ious, strict=True))[:LINES]
-        texts = [f"{names[truth]}: {names[label]} ({iou:.2f})" for truth, label, iou in pairs]
-        sheet.append(with_legend(tiles, texts + [""] * (LINES - len(texts))))
+        texts = [f"{names[truth]}: named {names[label]} (IoU {iou:.2f})" for truth, label, iou in pairs]
+        sheet.append(with_legend(tiles, texts))
     return np.concatenate(sheet)

@@ -102,8 +102,9 @@ def embed_regions(
     for number, maps in enumerate(features.high_res[:-1]):
         for rows in (levels == number).nonzero()[:, 0].split(AT_ONCE):
             regions = _align(maps, boxes[rows], image_index[rows], 4 * 2**number, roi_size)
-            grid = F.conv2d(regions, conv.weight.float()).relu()
-            found = found.index_copy(0, rows, grid.mean((2, 3)).to(found.dtype))
+            with torch.autocast(regions.device.type, enabled=False):
+                grid = F.conv2d(regions, conv.weight.float()).relu()
+            found = found.index_copy(0, rows, grid.mean((2, 3)))
     return found
 
 
@@ -113,7 +114,8 @@ def name_logits(embedding: Tensor, vectors: Tensor) -> Tensor:
     Args:
         embedding: float [N, D]; vectors: float32 [K, P, D], unit vectors.
     """
-    alike = torch.einsum("nd,kpd->nkp", F.normalize(embedding.float(), dim=-1), vectors).amax(-1)
+    with torch.autocast(embedding.device.type, enabled=False):  # bf16 would round logits to halves
+        alike = torch.einsum("nd,kpd->nkp", F.normalize(embedding.float(), dim=-1), vectors).amax(-1)
     return LOGIT_SCALE * F.pad(alike, (0, 1))
 
 
