@@ -5,6 +5,7 @@ The published repository has its result alone; arXiv 2402.05008 says: the L2 dis
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -114,7 +115,14 @@ class Teacher:
 
         Those of a cache are rounded to its type also when they are new: a run does not depend on whether it was warm.
         """
-        fresh = self.embed(batch.teacher_pixels) if len(batch.teacher_pixels) else batch.teacher_pixels
+        fresh = batch.teacher_pixels
+        # Nothing in a file of a dump says in which precision it was made: that is always float32.
+        exact = (
+            torch.autocast(fresh.device.type, enabled=False) if isinstance(self.cache, FlatFeatures) else nullcontext()
+        )
+        if len(fresh):
+            with exact:
+                fresh = self.embed(fresh)
         if self.cache is None:
             return fresh
         fresh = fresh.to(self.cache.dtype)

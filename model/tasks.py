@@ -1,5 +1,6 @@
-"""The kinds of training as train.py needs them: one object for phrases, clips, distillation, or boxes and points."""
+"""The kinds of training as train.py needs them: one object for phrases, clips, distillation, boxes and points, or names."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -44,6 +45,8 @@ from .training import (
 )
 from .video import VideoPredictor
 from .vocabulary import Vocabulary, read_vocabulary, save_vocabulary
+
+logger = logging.getLogger(__name__)
 
 OpenValidation = Callable[[Any, Path, Ranks], Callable[[nn.Module, int], dict[str, float]]]
 
@@ -234,6 +237,13 @@ def prepare_named(model: EVFModel, args: ModelArgs) -> dict[str, Tensor]:
     Raises:
         TrainingError: no CLIP is given. CheckpointError: it cannot be used.
     """
+    text = _read_clip(model, args)
+    if not text:
+        logger.warning("no text tower of CLIP was given: the result can only use vocabulary files, not words")
+    return text
+
+
+def _read_clip(model: EVFModel, args: ModelArgs) -> dict[str, Tensor]:
     if args.checkpoint:
         found = find_text(find_source(args.checkpoint))
         return read_text(found) if found else {}

@@ -226,6 +226,10 @@ def test_a_dump_is_what_the_teacher_says(data, tmp_path, monkeypatch):
     torch.save(found * 0, tmp_path / "out" / files[2])
     assert dump(data / "scenes") == 0  # what is there is kept
     assert not torch.load(tmp_path / "out" / files[2], weights_only=True).any()
+    teacher.cache = FlatFeatures(tmp_path / "trained")
+    batch = ImageCollate(teacher.spec, teacher.spec, teacher.cache)([ImageFolder("s", data / "scenes").load(2)])
+    with torch.autocast("cpu", torch.bfloat16):  # as in a training: the file is in float32 all the same
+        assert torch.allclose(teacher.targets(batch)[0], found, atol=1e-4)
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "2.jpg").write_bytes(b"")
     with pytest.raises(DataError, match=r"there are .*2\.png and .*2\.jpg"):
