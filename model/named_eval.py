@@ -15,8 +15,8 @@ from torch import Tensor
 
 from configs.evaluation import EvalArgs
 from utils.centre_points import centre_points
-from utils.class_lists import ClassList, members
-from utils.errors import VocabularyError, nearest
+from utils.class_lists import ClassList, KnownNames, members
+from utils.errors import VocabularyError
 from utils.instance_metrics import InstanceResult
 from utils.label_metrics import NamedResult, NameMeans
 
@@ -27,7 +27,7 @@ from .predictor import ImagePredictor
 from .prompted_eval import Answer, PromptedEvaluator
 from .recognizers.open_vocabulary import Recognizer, mask_boxes
 from .types import ImageFeatures, Prompts
-from .vocabulary import Vocabulary, wordings
+from .vocabulary import Vocabulary
 
 ROI_SIZE = {"coco": 12, "lvis": 7}
 """Side of the grid that the head reads, as published."""
@@ -165,7 +165,9 @@ def find_classes(args: EvalArgs, source: Source, instances: Any, device: torch.d
         where = next((str(path) for path in files if path.is_file()), None)
     vocabulary = _categories(args, source, instances) if where is None else find_vocabulary(where, source.path)
     found = Namer(source.path, source.config, vocabulary, is_own=True).read_vocabulary(device)
-    classes = match(found, instances, where or "its categories", f"--text {folder} --output {files[0]}")
+    classes = match(
+        found, instances, where or "its categories", f"--text {folder} --classes {instances.path} --output {files[0]}"
+    )
     return with_kinds(classes, instances, args.base, args.novel)
 
 
@@ -199,23 +201,19 @@ def match(vocabulary: Vocabulary, instances: Any, where: str, remedy: str) -> Cl
     Raises:
         VocabularyError: a category or a name is left over.
     """
-    advice = f"Make that of these annotations: python -m tools.make_vocabulary --classes {instances.path} {remedy}"
-    rows = {name: row for row, name in reversed(list(enumerate(vocabulary.names)))}
-    firsts = {wordings(name)[0]: row for row, name in reversed(list(enumerate(vocabulary.names)))}
-    found = {}
-    for category, name in instances.names.items():
-        row = rows.get(name, firsts.get((wordings(name) or [""])[0]))
-        if row is None:
-            raise VocabularyError(
-                f"class list and annotations disagree: category {name!r} of {instances.path} is not in {where}."
-                f"{nearest(name, vocabulary.names)} {advice}"
-            )
-        found[category] = row
-    left = sorted(set(range(len(vocabulary))) - set(found.values()))
-    if left or len(set(found.values())) < len(found):
-        reason = f"{vocabulary.names[left[0]]!r} of {where} is no category of" if left else "two names are one in"
-        raise VocabularyError(f"class list and annotations disagree: {reason} {instances.path}. {advice}")
-    return Classes(vocabulary, found)
+    known, advice = KnownNames(vocabulary.names, None, None), f"python -m tools.make_vocabulary {remedy}"
+    try:
+        rows = {one: known.place(name, str(instances.path)) for one, name in instances.names.items()}
+    except VocabularyError as error:
+        raise VocabularyError(f"{where}: {error}: {advice}") from None
+    left = sorted(set(range(len(vocabulary))) - set(rows.values()))
+    if left or len(set(rows.values())) < len(rows):
+        reason = f"{vocabulary.names[left[0]]!r} is no category of" if left else "two categories are one name in"
+        raise VocabularyError(
+            f"{where}: class list and annotations disagree: {reason} {instances.path}. Make the vocabulary of its "
+            f"classes: {advice}"
+        )
+    return Classes(vocabulary, rows)
 
 
 def with_kinds(classes: Classes, instances: Any, base: str | Path | None, novel: str | Path | None) -> Classes:

@@ -346,7 +346,7 @@ def test_instances_that_are_too_small_are_left_out(data):
 @pytest.mark.parametrize(
     ("names", "text"),
     [
-        (("car", "kite", "cat"), r"disagree: 'dog', a category of .*scenes\.json, is not in it"),
+        (("car", "kite", "cat"), r"disagree: 'dog', a category of .*scenes\.json, is not in the vocab"),
         (("car", "kite, a", "kite, b", "dog"), "is the first wording of several names"),
         (("cars", "kite", "dog"), "Did you mean 'cars'"),
     ],

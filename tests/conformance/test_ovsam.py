@@ -20,6 +20,7 @@ from model.distill_step import DistillStep, Teacher
 from model.encoders.clip_text import ClipText, tokenize
 from model.losses import losses_at, name_losses
 from model.name_step import NameStep, prepare_named_step
+from model.named_eval import published_points
 from model.predictor import ImagePredictor
 from model.prompts import read_prompts, to_input
 from model.recognizers.open_vocabulary import Recognizer, coarse_mask, mask_boxes, pyramid_level
@@ -240,6 +241,13 @@ def test_centre_points():
         masks = torch.from_numpy(golden[f"masks{suffix}"])
         found = centre_points(masks, approximate=True)
         assert found.tolist() == golden[f"coords{suffix}"][:, 0].tolist()
+
+
+def test_clicks_of_the_evaluation():
+    """The masks are resized as the image was, then their centres are found."""
+    case, golden = read("center-points")
+    found = published_points(golden["masks"], tuple(case["rescale_shape"]))
+    assert found.tolist() == golden["coords_rescaled"][:, 0].tolist()
 
 
 @pytest.mark.slow
