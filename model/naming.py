@@ -18,7 +18,7 @@ from utils.visualize import with_legend, write_on_masks
 from .checkpoints.load import find_source, load_model, resolve
 from .checkpoints.ovsam import VOCABULARY_FILE
 from .predictor import ImagePredictor
-from .questions import Answer, Question, names_text
+from .questions import Answer, Question, names_text, smallest_on_top
 
 if TYPE_CHECKING:  # open_clip and torchvision: seconds that a model without names need not wait for
     from .named_predictor import OpenVocabularyPredictor
@@ -118,15 +118,23 @@ def find_namer(args: InferenceArgs) -> Namer | None:
 
 
 def own_namer(args: InferenceArgs, predictor: ImagePredictor) -> Namer | None:
-    """Return a model as the one that names its own masks; None where it names nothing, or has no vocabulary."""
+    """Return a model as the one that names its own masks; None where it names nothing, or has no vocabulary.
+
+    Raises:
+        ModelError: then there are options about names.
+    """
     config = predictor.model.config
-    if not isinstance(config.segmenter, OVSAMConfig) or args.engine is not None:
-        return None
-    path = find_source(args.version)
-    if not (folder_of(path) / VOCABULARY_FILE).is_file():
+    is_ovsam = isinstance(config.segmenter, OVSAMConfig) and args.engine is None
+    path = find_source(args.version) if is_ovsam else None
+    if is_ovsam and (folder_of(path) / VOCABULARY_FILE).is_file():
+        return Namer(path, config, find_vocabulary(None, path), is_own=True)
+    for name in ("top_k", "branch", "roi_size"):
+        if getattr(args, name) != getattr(InferenceArgs, name):
+            remedy = "--vocabulary" if is_ovsam else "--name_with an Open-Vocabulary SAM"
+            raise ModelError(f"--{name} is about names, and masks get none. Give {remedy} too, or leave it out")
+    if is_ovsam:
         logger.warning("%s has no %s, and no --vocabulary was given: masks get no names", args.version, VOCABULARY_FILE)
-        return None
-    return Namer(path, config, find_vocabulary(None, path), is_own=True)
+    return None
 
 
 def folder_of(model: Path) -> Path:
@@ -228,8 +236,10 @@ class Named(Question):
 
     def picture(self, image: np.ndarray, answer: Answer) -> np.ndarray:
         """Return a picture of all masks, the likeliest name in each."""
-        texts = [names_text(record, 1) for record in answer.records]
-        return write_on_masks(self.inner.picture(image, answer), answer.masks, texts)
+        texts, masks = [names_text(record, 1) for record in answer.records], answer.masks
+        if self.count is None:  # of everything, what other masks leave to be seen
+            masks = smallest_on_top(masks) == np.arange(1, len(masks) + 1)[:, None, None]
+        return write_on_masks(self.inner.picture(image, answer), masks, texts)
 
     def mark(self, picture: np.ndarray, k: int, answer: Answer) -> np.ndarray:
         """Draw what asked for mask k, its likeliest name in it, and below the picture all of its names."""

@@ -215,6 +215,14 @@ class TestRefused:
         with pytest.raises(ModelError, match="an engine names nothing"):
             run(asked(options, engine="somewhere", version="nano", point=("30,40,1",)))
 
+    def test_options_about_names_without_names(self, options, pico_folders):
+        sam2 = asked(options, version=str(pico_folders["sam2"]), vocabulary=None, point=("30,40,1",))
+        for values in ({"top_k": 2}, {"branch": "both"}, {"roi_size": 7}):
+            with pytest.raises(ModelError, match=f"--{next(iter(values))} is about names.* Give --name_with"):
+                run(asked(sam2, **values))
+        with pytest.raises(ModelError, match=r"masks get none\. Give --vocabulary too"):
+            run(asked(options, vocabulary=None, point=("30,40,1",), top_k=2))
+
     def test_words_without_a_text_tower(self, options, ovsam, tmp_path):
         folder = tmp_path / "model"
         folder.mkdir()
