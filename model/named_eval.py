@@ -15,9 +15,10 @@ from torch import Tensor
 
 from configs.evaluation import EvalArgs
 from utils.centre_points import centre_points
-from utils.class_lists import ClassList, KnownNames, members
+from utils.class_lists import ClassList, members
 from utils.errors import VocabularyError
 from utils.instance_metrics import InstanceResult
+from utils.known_names import KnownNames
 from utils.label_metrics import NamedResult, NameMeans
 
 from .checkpoints.load import Source

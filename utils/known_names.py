@@ -1,6 +1,7 @@
 """The names of a vocabulary file, for what reads annotations: which class of theirs is which name."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,11 +43,11 @@ class KnownNames:
             VocabularyError: there is none, or more than one.
         """
         found = [i for i, known in enumerate(self.names) if known == name]
-        found = found or [i for i, known in enumerate(self.names) if known.split(",")[0].strip() == name]
+        found = found or [i for i, known in enumerate(self.names) if re.split("[,/]", known)[0].strip() == name]
         if len(found) != 1:
-            reason = "the first wording of several names" if found else "not in it"
+            reason = "the first wording of several names of" if found else "not in"
             raise VocabularyError(
-                f"class list and annotations disagree: {name!r}, a category of {where}, is {reason} of the vocabulary."
+                f"class list and annotations disagree: {name!r}, a category of {where}, is {reason} the vocabulary."
                 f"{nearest(name, self.names)} Make the vocabulary of all its classes"
             )
         return found[0]
