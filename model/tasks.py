@@ -1,4 +1,4 @@
-"""The kinds of training as train.py needs them: one object for phrases, clips, distillation, boxes and points, or names."""
+"""The kinds of training as train.py needs them: phrases, clips, distillation, boxes and points, or names."""
 
 import logging
 from collections.abc import Callable, Mapping
