@@ -4,6 +4,7 @@ The published repository has its result alone; arXiv 2402.05008 says: the L2 dis
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -23,6 +24,16 @@ from .checkpoints.load import load_model
 from .evf import EVFModel
 from .freeze import Probe, leave_out_unreached
 from .ovsam_start import fit_decoder
+
+SAM2_DECODER = ("sam2.prompt_encoder.", "sam2.mask_decoder.")
+SAM2_ALONE = (".conv_s", ".obj_score_token", ".pred_obj_score_head")
+"""What SAM does not have: fine levels, and whether there is an object."""
+SAM2_TO_SAM = (
+    (r"^sam2\.", ""),
+    (r"(attn\w*)\.o_proj\.", r"\1.out_proj."),
+    (r"(transformer\.layers\.\d+\.mlp)\.proj_in\.", r"\1.lin1."),
+    (r"(transformer\.layers\.\d+\.mlp)\.proj_out\.", r"\1.lin2."),
+)
 
 logger = logging.getLogger(__name__)
 
@@ -158,12 +169,15 @@ def load_teacher(args: DistillArgs, student: EVFModel, precision: str, cache: st
 def take_decoder(student: EVFModel, teacher: EVFModel) -> bool:
     """Copy the teacher's prompt encoder and mask decoder where they have the student's names and shapes.
 
-    Open-Vocabulary SAM makes one mask of a prompt: it takes what a SAM has for its first.
+    Open-Vocabulary SAM makes one mask of a prompt: it takes what a SAM has for its first. Of a SAM-2 others take what
+    SAM has too.
 
     Returns:
         whether they have.
     """
     own, theirs = (_decoder_tensors(model) for model in (student, teacher))
+    if isinstance(teacher.config.segmenter, SAM2Config) and not isinstance(student.config.segmenter, SAM2Config):
+        theirs = _as_sam(theirs)
     if isinstance(student.config.segmenter, OVSAMConfig):
         own, theirs = fit_decoder(own, theirs)
     if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in theirs.items()}:
@@ -178,6 +192,24 @@ def take_decoder(student: EVFModel, teacher: EVFModel) -> bool:
         for name, tensor in own.items():
             tensor.copy_(theirs[name])
     return True
+
+
+def _as_sam(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what SAM's prompt encoder and mask decoder can take of SAM-2's, by the names of SAM's."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(SAM2_DECODER) or any(part in name for part in SAM2_ALONE):
+            continue
+        for pattern, text in SAM2_TO_SAM:
+            name = re.sub(pattern, text, name)
+        if name == "prompt_encoder.point_embed.weight":
+            renamed |= {f"prompt_encoder.point_embed.{i}.weight": row[None] for i, row in enumerate(tensor)}
+        else:
+            renamed[name] = tensor
+    logger.info(
+        "SAM-2's mask decoder is taken without its object token and fine levels: let prompts.masks make up for it"
+    )
+    return renamed
 
 
 def _decoder_tensors(model: EVFModel) -> Mapping[str, Tensor]:

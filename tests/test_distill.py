@@ -216,13 +216,33 @@ def test_the_teacher_sees_what_the_student_sees():
 def test_the_decoder_of_the_teacher_is_taken_where_it_fits(caplog):
     student, master = segmenter(STUDENT), segmenter("sam-vit-pico", 1)
     before = {name: tensor.clone() for name, tensor in student.segmenter.state_dict().items()}
-    assert not take_decoder(student, segmenter("sam2-hiera-pico")) and "do not fit" in caplog.text
+    assert not take_decoder(student, segmenter("efficient-sam-pico")) and "do not fit" in caplog.text
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.segmenter.state_dict().items())
     assert take_decoder(student, master)
     theirs = master.segmenter.state_dict()
     for name, tensor in student.segmenter.state_dict().items():
         is_image = student.segmenter.part_of(name) == "image_encoder"
         assert torch.equal(tensor, before[name] if is_image else theirs[name]), name
+
+
+def test_of_a_sam2_is_taken_what_sam_has_too():
+    """The two-way transformer of both then says the same; object token and fine levels stay behind."""
+    student, master = segmenter(STUDENT), segmenter("sam2-hiera-pico", 1)
+    assert take_decoder(student, master)
+    ours, theirs = student.segmenter.mask_decoder, master.segmenter.sam2.mask_decoder
+    given = {
+        "point_embeddings": torch.randn(1, 1, 5, 256),
+        "image_embeddings": torch.randn(1, 256, 4, 4),
+        "image_positional_embeddings": torch.randn(1, 256, 4, 4),
+        "attention_similarity": None,
+    }
+    with torch.no_grad():
+        for own, other in zip(ours.transformer(**given), theirs.transformer(**given), strict=True):
+            assert torch.allclose(own, other, atol=1e-5)
+    for part in ("upscale_conv1", "upscale_conv2", "mask_tokens", "iou_token"):
+        assert torch.equal(getattr(ours, part).weight, getattr(theirs, part).weight), part
+    points = torch.cat([one.weight for one in student.segmenter.prompt_encoder.point_embed])
+    assert torch.equal(points, master.segmenter.sam2.prompt_encoder.point_embed.weight)
 
 
 def test_a_student_with_phrases_is_refused():
