@@ -147,6 +147,12 @@ def test_parts_equal_the_whole(family, part_bytes, pixels, monkeypatch):
         assert torch.allclose(tensor, parts[key], atol=1e-5), key
 
 
+@pytest.mark.parametrize("family", PICO)
+def test_places_are_coded_as_sam_codes_them(family):
+    """Random weights too: with a wider matrix, neighbouring places have nothing in common."""
+    assert 0.7 < pico_model(family).segmenter.position_matrix.std() < 1.3
+
+
 @torch.no_grad()
 def test_in_parts_cuts_between_windows(monkeypatch):
     seen = []

@@ -28,6 +28,8 @@ class PromptedSAM(Segmenter):
             mask_decoder_config={"layer_norm_eps": eps, "num_multimask_outputs": masks - 1},
         )
         self.masks_per_prompt = masks
+        # The library draws the matrix that codes places hundreds of times as wide as SAM's: nothing learns from that.
+        library.vision_config.scale = 1
         self.prompt_encoder = SamPromptEncoder(library)
         library.mask_decoder_config._attn_implementation = library._attn_implementation or "sdpa"
         self.mask_decoder = SamMaskDecoder(library.mask_decoder_config)
