@@ -20,7 +20,7 @@ from configs.inference import InferenceArgs, PhraseArgs
 from configs.schema import ModelConfig
 from utils.distributed import Ranks
 from utils.errors import ImageError, ModelError, PromptError
-from utils.files import append_line, atomic_path, read_lines, write_json
+from utils.files import append_line, atomic_path, existing_path, read_lines, write_json
 from utils.image import IMAGE_SUFFIXES, read_image
 from utils.masks import save_mask
 from utils.precision import choose_device, choose_dtype
@@ -95,8 +95,8 @@ def file_state(path: Path) -> list[int]:
 
 def source_files(source: str | None) -> list[Path]:
     """Return the file that a checkpoint or vocabulary is, or those of its folder; none of one that is found by name."""
-    path = Path(source) if source else None
-    if path is None or not path.exists():
+    path = existing_path(source) if source else None
+    if path is None:
         return []
     return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
 

@@ -12,6 +12,7 @@ from configs.inference import InferenceArgs
 from configs.schema import ModelConfig, OVSAMConfig
 from utils.class_lists import ClassList, listed_words, read_class_list
 from utils.errors import ModelError, PromptError, VocabularyError
+from utils.files import existing_path
 from utils.precision import choose_dtype
 from utils.visualize import with_legend, write_on_masks
 
@@ -173,7 +174,7 @@ def find_vocabulary(text: str | None, model: Path) -> Path | ClassList:
             f"--vocabulary {text} holds vectors without names. Give them names once: python -m tools.make_vocabulary "
             f"--published {text} --classes FILE --output {path.with_suffix('.safetensors')}"
         )
-    is_file = path.suffix in _SUFFIXES or path.is_file()
+    is_file = path.suffix in _SUFFIXES or (existing_path(text) is not None and path.is_file())
     listed = read_class_list(path) if is_file else ClassList(listed_words(text))
     from .checkpoints.clip import find_text
     from .vocabulary import check_names

@@ -105,6 +105,11 @@ class TestOwnMasks:
         for mask, *answer in zip(masks, expected.names, expected.probabilities, strict=True):
             same_names(mask, *answer)
 
+    def test_more_words_than_a_path_may_have(self, options):
+        words = ", ".join(f"animal number {number}" for number in range(40))
+        [mask], _ = written(asked(options, point=("30,40,1",), vocabulary=words, top_k=40))
+        assert len(mask["names"]) == 40
+
     def test_words_are_encoded(self, options, named):
         [mask], _ = written(asked(options, point=("30,40,1",), vocabulary="red panda, cat/kitten"))
         expected = named.predict(points=[[30, 40]], vocabulary=["red panda", "cat/kitten"])

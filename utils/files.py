@@ -1,6 +1,7 @@
 """Writing files so that nothing is ever half-written."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -8,6 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+def existing_path(text: str) -> Path | None:
+    """Return the file or folder that a text names; None where there is none, or where it is too long for a path."""
+    try:
+        path = Path(text)
+        return path if path.exists() else None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None
+        raise
 
 
 @contextmanager
