@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from configs.schema import OVSAMConfig, SAM2Config
 from configs.segmenter_training import DistillArgs
-from utils.errors import ModelError
+from utils.errors import ModelError, TrainingError
 from utils.feature_cache import FeatureCache, FlatFeatures, digest_of
 from utils.image import ImageSpec
 
@@ -125,6 +125,9 @@ class Teacher:
         """Return the embeddings of a `datasets.images.ImageBatch`; what the cache lacked is computed and stored.
 
         Those of a cache are rounded to its type also when they are new: a run does not depend on whether it was warm.
+
+        Raises:
+            TrainingError: they differ in shape.
         """
         fresh = batch.teacher_pixels
         # Nothing in a file of a dump says in which precision it was made: that is always float32.
@@ -142,6 +145,12 @@ class Teacher:
             self.cache.write(name, {"embedding": row})
         computed = iter(fresh)
         rows = [next(computed) if known is None else known["embedding"] for known in batch.features]
+        for key, row in zip(batch.keys, rows, strict=True):
+            if row.shape != rows[0].shape:
+                raise TrainingError(
+                    f"the embedding of {batch.keys[0]} is {list(rows[0].shape)}, that of {key} {list(row.shape)}: they "
+                    "are of different teachers. Dump them again, into an empty folder"
+                )
         return torch.stack(rows)
 
     def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:

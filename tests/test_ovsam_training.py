@@ -187,6 +187,9 @@ def test_a_published_dump_is_read_unchanged(data, tmp_path):
     assert losses[0, 0].item() == pytest.approx(expected.item(), rel=1e-6)
     with pytest.raises(TrainingError, match=r"no such embedding: .*1_vit_h_cache\.pth"):
         collate([folder.load(1)])
+    torch.save(torch.randn(256, 8, 16), tmp_path / "1_vit_h_cache.pth")
+    with pytest.raises(TrainingError, match=r"0\.png is \[256, 16, 16\], that of .*1\.png \[256, 8, 16\]"):
+        teacher.targets(collate([folder.load(0), folder.load(1)]))
 
 
 class Evil:
