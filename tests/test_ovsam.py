@@ -394,13 +394,16 @@ def run(tool, monkeypatch, *arguments):
 def test_commands_make_a_folder_that_answers(published, model, tmp_path, monkeypatch, picture):
     """Four files and a list of names become one folder, which gives a mask and a name."""
     (tmp_path / "names.txt").write_text("red panda\nteapot, kettle\n\ncar_(automobile)\n")
-    words = tmp_path / "v.safetensors"
-    list_and_text = ("--classes", tmp_path / "names.txt", "--text", published, "--model", PICO)
+    words, listed = tmp_path / "v.safetensors", ("--classes", tmp_path / "names.txt")
+    list_and_text = (*listed, "--text", published, "--model", PICO)
     assert run(vocabulary_tool, monkeypatch, "--output", words, *list_and_text) == 0
     out = tmp_path / "folder"
     files = sorted(published.iterdir())
     assert run(assemble_tool, monkeypatch, *files, "--output", out, "--vocabulary", words) == 0
     assert_same(load_model(out), model)
+    again = tmp_path / "again.safetensors"
+    assert run(vocabulary_tool, monkeypatch, "--output", again, *listed, "--text", out) == 0
+    assert read_vocabulary(again).vectors.equal(read_vocabulary(words).vectors), "the folder says which model it is"
     predictor = load_open_vocabulary(out, device="cpu")
     predictor.set_image(picture)
     found = predictor.predict(points=[[40, 30]])

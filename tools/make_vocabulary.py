@@ -33,8 +33,8 @@ class Args:
     """CLIP's weights with its text tower (RN50x16.pt), or the folder of a model that has it."""
     published: Path | None = None
     """Published .pth vocabulary, to be given its names instead of being made."""
-    model: str = "ovsam-rn50x16"
-    """The model that the vocabulary is for."""
+    model: str | None = None
+    """The model that the vocabulary is for; by default the one in the folder of --text, else ovsam-rn50x16."""
 
 
 def main() -> int:
@@ -51,12 +51,19 @@ def main() -> int:
 
     from configs.schema import OVSAMConfig
     from model.checkpoints.clip import find_text, load_text
+    from model.checkpoints.load import resolve
     from model.registry import model_config
     from model.vocabulary import check_names, make_vocabulary, read_vocabulary, save_vocabulary
 
-    config = model_config(args.model).segmenter
-    if not isinstance(config, OVSAMConfig):
-        raise ModelError(f"--model {args.model} gives no names. Take ovsam-rn50x16 or another of its family")
+    name, folder = args.model, args.text
+    if name is None and folder is not None and (folder / "config.json").is_file():
+        config = resolve(folder).config
+    else:
+        config = model_config(name or "ovsam-rn50x16")
+    if not isinstance(config.segmenter, OVSAMConfig):
+        given = f"--text {folder}: {config.name}" if name is None else f"--model {name}"
+        raise ModelError(f"{given} gives no names. Take ovsam-rn50x16 or another of its family")
+    config = config.segmenter
     check_names(listed.names)
     is_base, is_novel = (None if path is None else members(listed.names, path) for path in (args.base, args.novel))
     if listed.rare is not None and args.base is None and args.novel is None:
