@@ -84,8 +84,8 @@ def check_options(args: EvalArgs, names_masks: bool) -> None:
     Raises:
         ModelError: a model that names nothing. TrainingError: another such option.
     """
-    for name in ("vocabulary", "roi_size", "base", "novel"):
-        if getattr(args, name) is not None and not names_masks:
+    for name in ("vocabulary", "branch", "roi_size", "base", "novel"):
+        if getattr(args, name) != getattr(EvalArgs, name) and not names_masks:
             raise ModelError(
                 f"--{name} is about names, which {args.version} with --prompt_type {args.prompt_type} does not give. "
                 "Take an Open-Vocabulary SAM and boxes or points, or leave it out"

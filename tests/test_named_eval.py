@@ -277,6 +277,7 @@ class TestRefused:
             ({"base": "/nowhere/b.txt", "novel": "/nowhere/n.txt"}, VocabularyError, "no such class list: /nowhere/b"),
             ({"roi_size": 0}, TrainingError, "--roi_size 0"),
             ({"version": "nano", "vocabulary": "coco"}, ModelError, "--vocabulary is about names, which nano"),
+            ({"version": "nano", "branch": "head"}, ModelError, "--branch is about names, which nano"),
             ({"model_type": "sam2"}, ModelError, "--model_type sam2 does not fit .* give ovsam"),
         ],
     )
