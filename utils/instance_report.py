@@ -13,7 +13,6 @@ from .files import atomic_path, write_json
 from .instance_metrics import InstanceResult, SizeMeans, percent
 from .visualize import mark_boxes, mark_points, save_picture
 
-"""Colours of prompts on the sheet."""
 ANNOTATIONS, RESULTS = "annotations.jsonl", "results.json"
 
 
