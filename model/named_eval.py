@@ -138,16 +138,20 @@ class NamedEvaluator(PromptedEvaluator):
 
 
 def published_points(masks: np.ndarray, resized: tuple[int, int]) -> Tensor:
-    """Return where the published evaluation clicks, int64 [n, 2], x y in pixels of the resized image.
+    """Return where the published evaluation clicks, int64 [n, 2], x y in pixels of the resized image; 0 0 if empty.
 
     Args:
         masks: bool [n, H, W].
         resized: height and width of the resized image.
     """
-    side = resized[::-1]
-    pictures = [cv2.resize(one.astype(np.uint8), side, interpolation=cv2.INTER_NEAREST) for one in masks]
-    found = [centre_points(torch.from_numpy(picture)[None] == 1, approximate=True) for picture in pictures]
-    return torch.cat(found) if found else torch.zeros((0, 2), dtype=torch.long)
+    found = torch.zeros((len(masks), 2), dtype=torch.long)
+    for row, one in zip(found, masks, strict=True):
+        picture = cv2.resize(one.astype(np.uint8), resized[::-1], interpolation=cv2.INTER_NEAREST)
+        x, y, width, height = cv2.boundingRect(picture)
+        if width:  # a pass over the picture for each pixel of depth: what is around the mask is left out
+            part = torch.from_numpy(picture[y : y + height, x : x + width])[None] == 1
+            row[:] = centre_points(part, approximate=True)[0] + torch.tensor([x, y])
+    return found
 
 
 def find_classes(args: EvalArgs, source: Source, instances: Any, device: torch.device) -> Classes:

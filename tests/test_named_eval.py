@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from pycocotools.coco import COCO
 
+from model.named_eval import published_points
 from model.named_predictor import load_open_vocabulary
 from model.recognizers.open_vocabulary import mask_boxes
 from model.types import Prompts
@@ -258,6 +259,17 @@ def test_what_the_sheet_says():
     wrong, right = result(0.9, False), result(0.1, True)
     assert wrong.merit < right.merit
     assert (wrong.caption, right.caption) == ("car: named cat, 50% (wrong)", "car: named cat, 50%")
+
+
+def test_published_clicks_are_those_of_the_whole_picture():
+    """What is around a mask has no bearing on where it is deepest: at a border, in parts, with a hole, empty."""
+    masks = np.zeros((5, 40, 60), bool)
+    masks[0, 3:21, 10:17] = masks[0, 12:18, 10:44] = masks[1, :13, 50:] = masks[2, 30, 5] = True
+    masks[3] = True
+    masks[3, 10:20, 20:50] = False
+    rows, columns = np.arange(80) * 40 // 80, np.arange(120) * 60 // 120
+    whole = centre_points(torch.from_numpy(masks[:, rows][:, :, columns]), approximate=True)
+    assert published_points(masks, (80, 120)).equal(whole)
 
 
 class TestRefused:
