@@ -1,6 +1,7 @@
-"""Make synthetic scenes with phrases in the layout of RefCOCO and gRefCOCO.
+"""Make synthetic scenes with phrases in the layout of RefCOCO and gRefCOCO, or with names in that of COCO.
 
 python -m tools.make_synthetic --out dataset --scenes 5000
+python -m tools.make_synthetic --out dataset_names --format coco --scenes 2000 --kinds 65 --size 256x256
 python -m tools.make_synthetic --out strange --scenes 0 --seed 1 --strange     # never-seen backgrounds and wordings
 
 Pictures of the objects come from an npm package (MIT), fetched once and checked by its hash. Train with
@@ -10,6 +11,7 @@ places, sizes, orders and relations that training never saw together.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import FlagCreatePairsOff
 
@@ -19,10 +21,13 @@ from utils.errors import DataError, run_main
 
 @dataclass(frozen=True)
 class Args:
-    """Make synthetic scenes with phrases in the layout of RefCOCO and gRefCOCO."""
+    """Make synthetic scenes with phrases in the layout of RefCOCO and gRefCOCO, or with names in that of COCO."""
 
     out: Path
     """Folder to write, as later given to --dataset_dir; a stopped run with the same options goes on."""
+    format: Literal["refer", "coco"] = "refer"
+    """refer: phrases; coco: annotations/instances_SPLIT.json with the names of things, and lists of all, base and novel
+    names."""
     scenes: int = 5000
     """Scenes of the training split."""
     test_scenes: int | None = None
@@ -71,12 +76,13 @@ def main() -> int:
         photos=args.photos,
         paraphrases="held_out" if args.strange else "usual",
         quality=args.quality,
+        format=args.format,
     )
     recipe.check()
     sprites, folder = open_sprites(args.sprites)
     summary = generate(args.out, recipe, sprites, folder, args.workers or default_workers(), args.overwrite)
     sheet = args.contact_sheet or args.out / "contact_sheet.png"
-    write_sheet(args.out, sheet)
+    write_sheet(args.out, sheet, args.format)
     print_summary(summary)
     print(f"{len(summary['kinds'])} kinds of object, {summary['vocabulary']} words. Look at {sheet}")
     return 0

@@ -20,7 +20,7 @@ from utils.files import atomic_path, write_json
 
 from .backgrounds import BACKGROUNDS, USUAL, open_photos
 from .choose import Phrase, choose_phrases
-from .layout import ANNOTATIONS, IMAGES, SPLITS, SUMMARY, write_annotations
+from .layout import LAYOUTS, SPLITS, SUMMARY, Format, write_annotations
 from .phrases import Speaker, vocabulary
 from .referring import View
 from .scene import Scene, draw_scene
@@ -42,6 +42,7 @@ class Recipe:
     * `scenes`: how many of each split, in the order of `SPLITS`.
     * `kinds`: how many kinds of object, spread over the groups; None for all.
     * `paraphrases`: "usual", or "held_out" for wordings that training never sees.
+    * `format`: "refer" with phrases, or "coco" with the names of things alone.
     """
 
     seed: int = 0
@@ -53,6 +54,7 @@ class Recipe:
     photos: Path | None = None
     paraphrases: str = "usual"
     quality: int = 92
+    format: Format = "refer"
 
     def check(self) -> None:
         """Check every value.
@@ -80,6 +82,8 @@ class Recipe:
     def fingerprint(self, sprites: SpriteSet) -> str:
         """Return a hash of everything that decides the bytes of the data set."""
         plain = asdict(self) | {"photos": None, "version": VERSION, "sprites": sprites.digest}
+        if self.format == "refer":  # as before there were others
+            del plain["format"]
         photos = [hashlib.sha256(photo.tobytes()).hexdigest() for photo, _ in open_photos(self.photos)]
         return hashlib.sha256(json.dumps([plain, photos], sort_keys=True).encode()).hexdigest()
 
@@ -100,7 +104,7 @@ class Studio:
         self.indices = chosen_kinds(sprites, recipe.kinds)
         self.kinds = tuple(sprites.kinds[i] for i in self.indices)
         self.speaker = Speaker(sprites.kinds, recipe.paraphrases == "held_out")
-        self.images = out / IMAGES
+        self.images = out / LAYOUTS[recipe.format].images
 
     def draw(self, split: int, index: int) -> tuple[np.ndarray, dict]:
         """Return the image and the record of one scene; what was drawn before has no influence.
@@ -241,7 +245,7 @@ def generate(
     """
     recipe.check()
     fingerprint = recipe.fingerprint(sprites)
-    if (finished := _prepare(out, fingerprint, overwrite)) is not None:
+    if (finished := _prepare(out, recipe.format, fingerprint, overwrite)) is not None:
         return finished
     write_json(out / PARTS / "recipe.json", {"fingerprint": fingerprint})
     parts = list_parts(recipe, out)
@@ -263,12 +267,13 @@ def generate(
     return summary
 
 
-def _prepare(out: Path, fingerprint: str, overwrite: bool) -> dict | None:
+def _prepare(out: Path, layout: Format, fingerprint: str, overwrite: bool) -> dict | None:
     """Return the summary of a finished set of this recipe; else make sure that nothing else is overwritten."""
-    theirs = [path for name in ANNOTATIONS if (path := out / name).exists()]
+    named = LAYOUTS[layout].annotations
+    theirs = [path for name in named if (path := out / name).exists()]
     if (out / SUMMARY).is_file():
         summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
-        if summary.get("fingerprint") == fingerprint and len(theirs) == len(ANNOTATIONS) and not overwrite:
+        if summary.get("fingerprint") == fingerprint and len(theirs) == len(named) and not overwrite:
             return summary
         found = summary.get("fingerprint")
     elif (out / PARTS / "recipe.json").is_file():
@@ -281,7 +286,7 @@ def _prepare(out: Path, fingerprint: str, overwrite: bool) -> dict | None:
         return None
     if not overwrite:
         raise DataError(f"{out} holds synthetic scenes of other options. Give another --out, or --overwrite")
-    for path in [out / SUMMARY, *theirs, *(out / IMAGES).glob("synthetic_*.jpg")]:
+    for path in [out / SUMMARY, *theirs, *(out / LAYOUTS[layout].images).glob("synthetic_*.jpg")]:
         path.unlink(missing_ok=True)
     shutil.rmtree(out / PARTS, ignore_errors=True)
     return None
@@ -290,7 +295,7 @@ def _prepare(out: Path, fingerprint: str, overwrite: bool) -> dict | None:
 def _draw_all(
     todo: Sequence[Part], recipe: Recipe, sprites: SpriteSet, sprites_folder: Path | None, out: Path, workers: int
 ) -> Iterator[Part]:
-    (out / IMAGES).mkdir(parents=True, exist_ok=True)
+    (out / LAYOUTS[recipe.format].images).mkdir(parents=True, exist_ok=True)
     if workers <= 1 or len(todo) <= 1 or sprites_folder is None:
         studio = Studio(recipe, sprites, out)
         for part in todo:

@@ -1,12 +1,14 @@
-"""The files of a synthetic set: the REFER layout of RefCOCO and gRefCOCO, and a record of every scene."""
+"""The files of a synthetic set: the REFER layout of RefCOCO and gRefCOCO, or COCO's, and a record of every scene."""
 
+import hashlib
 import json
 import pickle
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from utils.files import atomic_path, write_json
 
@@ -27,6 +29,28 @@ ANNOTATIONS = (
     GREFCOCO / "grefs(unc).json",
 )
 """In the order of writing: references last, since a reader opens them first."""
+NAMES, BASE, NOVEL = Path("names.txt"), Path("base.txt"), Path("novel.txt")
+NOVEL_SHARE = 17 / 65
+"""Share of the names that are novel: of COCO's 65 split names 17 are."""
+
+Format = Literal["refer", "coco"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a format has its images, and which files of annotations it writes, in that order."""
+
+    images: Path
+    annotations: tuple[Path, ...]
+
+
+LAYOUTS: dict[Format, Layout] = {
+    "refer": Layout(IMAGES, ANNOTATIONS),
+    "coco": Layout(
+        Path("images"),
+        (SCENES, NAMES, BASE, NOVEL, *(Path("annotations", f"instances_{split}.json") for split in SPLITS)),
+    ),
+}
 
 
 def write_annotations(
@@ -49,6 +73,11 @@ def write_annotations(
         "annotations": build.annotations,
         "categories": [{"id": i, "name": kind.name, "supercategory": kind.group} for i, kind in enumerate(kinds, 1)],
     }
+    if head["recipe"]["format"] == "coco":
+        _write_coco(out, instances, set(head["kinds"]))
+        summary = head | {"splits": build.counts()}
+        write_json(out / SUMMARY, summary)
+        return summary
     for folder in (REFCOCO, GREFCOCO):
         with _open(out / folder / "instances.json") as stream:
             json.dump(instances, stream)
@@ -59,6 +88,33 @@ def write_annotations(
     summary = head | {"splits": build.counts()}
     write_json(out / SUMMARY, summary)
     return summary
+
+
+def _write_coco(out: Path, instances: dict[str, Any], kinds: set[str]) -> None:
+    """Write COCO's annotations of each split, categories those kinds alone, and the lists of their names."""
+    categories = [category for category in instances["categories"] if category["name"] in kinds]
+    names = [category["name"] for category in categories]
+    novel = novel_names(names)
+    for path, chosen in (
+        (NAMES, names), (BASE, [n for n in names if n not in novel]), (NOVEL, [n for n in names if n in novel]),
+    ):  # fmt: skip
+        with _open(out / path) as stream:
+            stream.write("\n".join(chosen) + "\n")
+    for number, split in enumerate(SPLITS):
+        images = [image for image in instances["images"] if image["id"] // 10_000_000 == number]
+        ids = {image["id"] for image in images}
+        annotations = [
+            one | {"segmentation": one["segmentation"][0]} for one in instances["annotations"] if one["image_id"] in ids
+        ]
+        content = {**instances, "images": images, "annotations": annotations, "categories": categories}
+        with _open(out / "annotations" / f"instances_{split}.json") as stream:
+            json.dump(content, stream)
+
+
+def novel_names(names: Sequence[str]) -> set[str]:
+    """Return which names are novel, the same for every seed: 17 of 65, as of COCO's."""
+    order = sorted(names, key=lambda name: hashlib.sha256(f"novel {name}".encode()).digest())
+    return set(order[: max(1, round(len(names) * NOVEL_SHARE))])
 
 
 @contextmanager
