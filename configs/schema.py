@@ -175,6 +175,10 @@ class OVSAMConfig:
     """Blocks of the neck, all but the last with windows."""
     neck_heads: int = 16
     window_size: int = 14
+    pyramid_width: int = 256
+    """Channels of the feature pyramid that regions are read from."""
+    decoder_mlp: int = 2048
+    """Inner width of the mask decoder's MLPs."""
     image_size: int = 1024
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ class OVSAMSegmenter(PromptedSAM):
 
     def __init__(self, config: OVSAMConfig) -> None:
         """Build the modules."""
-        super().__init__(config.image_size, DECODER_EPS, masks=1)
+        super().__init__(config.image_size, DECODER_EPS, masks=1, mlp=config.decoder_mlp)
         self.config = config
         self.image_spec = ImageSpec(size=config.image_size, resize="letterbox", filter="cv2-linear")
         self.own_image_spec = self.image_spec
@@ -51,9 +51,9 @@ class OVSAMSegmenter(PromptedSAM):
             config.width,
         )
         self.neck = Neck(config)
-        self.pyramid = Pyramid(config.stage_widths)
+        self.pyramid = Pyramid(config.stage_widths, config.pyramid_width)
         self.mask_decoder.iou_prediction_head = SamFeedForward(PROMPT_WIDTH, PROMPT_WIDTH, config.embed_width, 3)
-        self.region_conv = nn.Conv2d(PROMPT_WIDTH, config.embed_width, 1, bias=False)
+        self.region_conv = nn.Conv2d(config.pyramid_width, config.embed_width, 1, bias=False)
         self.backbone.eval()
 
     def train(self, mode: bool = True) -> "OVSAMSegmenter":
@@ -139,13 +139,13 @@ class Neck(nn.Module):
 class Pyramid(nn.Module):
     """A feature pyramid (arXiv 1612.03144) with nearest upsampling, without norms and activations."""
 
-    def __init__(self, widths: tuple[int, ...]) -> None:
+    def __init__(self, widths: tuple[int, ...], inner: int) -> None:
         super().__init__()
-        self.laterals = nn.ModuleList(nn.Conv2d(width, PROMPT_WIDTH, 1) for width in widths)
-        self.outputs = nn.ModuleList(nn.Conv2d(PROMPT_WIDTH, PROMPT_WIDTH, 3, padding=1) for _ in widths)
+        self.laterals = nn.ModuleList(nn.Conv2d(width, inner, 1) for width in widths)
+        self.outputs = nn.ModuleList(nn.Conv2d(inner, inner, 3, padding=1) for _ in widths)
 
     def forward(self, stages: list[Tensor]) -> tuple[Tensor, ...]:
-        """Return a level of 256 channels for each stage, finest first."""
+        """Return a level of the same channels for each stage, finest first."""
         # fp16 on a CPU takes a hundred times longer for these convolutions
         is_slow = stages[0].dtype == torch.float16 and stages[0].device.type == "cpu"
         levels = [lateral(maps) for lateral, maps in zip(self.laterals, stages, strict=True)]

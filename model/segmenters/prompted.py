@@ -16,16 +16,17 @@ class PromptedSAM(Segmenter):
         side: of the frame that prompts are placed on, in pixels.
         eps: of the decoder's layer norms.
         masks: that the decoder makes of a prompt.
+        mlp: inner width of the decoder's MLPs.
     """
 
     prompt_kinds = frozenset({"points", "boxes", "masks"})
     parts = SAM_PARTS
 
-    def __init__(self, side: int, eps: float, masks: int = 4) -> None:
+    def __init__(self, side: int, eps: float, masks: int = 4, mlp: int = 2048) -> None:
         super().__init__()
         library = LibraryConfig(
             prompt_encoder_config={"image_size": side},
-            mask_decoder_config={"layer_norm_eps": eps, "num_multimask_outputs": masks - 1},
+            mask_decoder_config={"layer_norm_eps": eps, "num_multimask_outputs": masks - 1, "mlp_dim": mlp},
         )
         self.masks_per_prompt = masks
         # The library draws the matrix that codes places hundreds of times as wide as SAM's: nothing learns from that.
