@@ -9,12 +9,14 @@ from torch import Tensor
 from configs.schema import OVSAMConfig
 from utils.errors import CheckpointError, compress_names
 
-from ..encoders.clip_text import ClipText
+from ..encoders.clip_text import WORDS, ClipText
 from .files import TensorFile, write_safetensors
 from .ovsam import TEXT
 
 TEXT_FILE = "text.safetensors"
 """Name of the text tower in a folder of ours."""
+WORD_IDS = "token_embedding.ids"
+"""Tensor beside the table of tokens that says which rows of CLIP's table a small tower has."""
 
 
 def find_text(folder: Path) -> Path | None:
@@ -43,8 +45,10 @@ def load_text(config: OVSAMConfig, path: str | Path) -> ClipText:
             f"{path} holds no CLIP text tower. Needed are OpenAI's weights with QuickGELU: RN50x16.pt, or its state "
             "dict saved by open_clip from 'RN50x16-quickgelu'"
         )
+    word_ids = file.read(WORD_IDS, torch.device("cpu"), None) if shapes.pop(WORD_IDS, None) else None
+    words = WORDS if word_ids is None else len(word_ids)
     with torch.device("meta"):
-        text = ClipText(config.text_width, config.text_heads, config.text_layers, config.embed_width)
+        text = ClipText(config.text_width, config.text_heads, config.text_layers, config.embed_width, words)
     needed = {name: tuple(tensor.shape) for name, tensor in text.tower.state_dict().items()}
     wrong = sorted(name for name in shapes.keys() | needed.keys() if shapes.get(name) != needed.get(name))
     if wrong:
@@ -55,6 +59,7 @@ def load_text(config: OVSAMConfig, path: str | Path) -> ClipText:
     state = {name: file.read(name, torch.device("cpu"), torch.float32) for name in needed}
     text.tower.load_state_dict(state, assign=True)
     text.tower.attn_mask = _causal(text.tower.num_pos)
+    text.word_ids = word_ids
     return text.eval().requires_grad_(False)
 
 
