@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.schema import OVSAMConfig, SAM2Config
+from configs.schema import EfficientSAMConfig, OVSAMConfig, SAM2Config
 from configs.segmenter_training import DistillArgs
 from utils.errors import ModelError, TrainingError
 from utils.feature_cache import FeatureCache, FlatFeatures, digest_of
@@ -23,7 +23,7 @@ from utils.image import ImageSpec
 from .checkpoints.load import load_model
 from .evf import EVFModel
 from .freeze import Probe, leave_out_unreached
-from .ovsam_start import fit_decoder
+from .ovsam_start import fit_decoder, fit_efficient_sam
 
 SAM2_DECODER = ("sam2.prompt_encoder.", "sam2.mask_decoder.")
 SAM2_ALONE = (".conv_s", ".obj_score_token", ".pred_obj_score_head")
@@ -178,8 +178,8 @@ def load_teacher(args: DistillArgs, student: EVFModel, precision: str, cache: st
 def take_decoder(student: EVFModel, teacher: EVFModel) -> bool:
     """Copy the teacher's prompt encoder and mask decoder where they have the student's names and shapes.
 
-    Open-Vocabulary SAM makes one mask of a prompt: it takes what a SAM has for its first. Of a SAM-2 others take what
-    SAM has too.
+    Open-Vocabulary SAM makes one mask of a prompt: it takes what a SAM has for its first, and what fits of an
+    EfficientSAM. Of a SAM-2 others take what SAM has too.
 
     Returns:
         whether they have.
@@ -188,7 +188,8 @@ def take_decoder(student: EVFModel, teacher: EVFModel) -> bool:
     if isinstance(teacher.config.segmenter, SAM2Config) and not isinstance(student.config.segmenter, SAM2Config):
         theirs = _as_sam(theirs)
     if isinstance(student.config.segmenter, OVSAMConfig):
-        own, theirs = fit_decoder(own, theirs)
+        is_sam = not isinstance(teacher.config.segmenter, EfficientSAMConfig)
+        own, theirs = (fit_decoder if is_sam else fit_efficient_sam)(own, theirs)
     if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in theirs.items()}:
         logger.warning(
             "the prompt encoder and mask decoder of %s do not fit %s: they stay as they were. The result has to learn "

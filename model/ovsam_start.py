@@ -5,6 +5,7 @@ Source: arXiv 2401.02955. Of SAM's mask decoder the first mask is kept; what pre
 
 import logging
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +25,19 @@ START = {"backbone.": BACKBONE, "neck.": "segmenter.neck.", "pe.": "segmenter.pr
 """What the second stage starts from, as the published files and as we begin the names of tensors."""
 SLOWEST = 10_000.0
 """Longest wave of `sine_table`, in cells over 2 pi."""
+
+EFFICIENT_SAM = (
+    (r"^prompt_encoder\.position_matrix$", "prompt_encoder.shared_embedding.positional_embedding"),
+    (r"\bnorm(\d|_final_attn)\.", r"layer_norm\1."),
+    (r"^mask_decoder\.upscale(\d)\.", r"mask_decoder.upscale_conv\1."),
+    (r"^mask_decoder\.upscale_norm\.", "mask_decoder.upscale_layer_norm."),
+    (r"\bmlp\.layers\.0\.", "mlp.lin1."),
+    (r"\bmlp\.layers\.1\.", "mlp.lin2."),
+    (r"(mlps\.\d)\.layers\.0\.", r"\1.proj_in."),
+    (r"(mlps\.\d)\.layers\.1\.", r"\1.layers.0."),
+    (r"(mlps\.\d)\.layers\.2\.", r"\1.proj_out."),
+)
+"""What stands in EfficientSAM's mask decoder where SAM has something alike."""
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +104,25 @@ def fit_decoder(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tupl
     if table in taken:
         taken[table] = taken[table][: len(kept[table])]
     return kept, taken
+
+
+def fit_efficient_sam(
+    own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return as `fit_decoder` what has the same shape in EfficientSAM's decoder.
+
+    That is no SAM: it has other activations and shortcuts, and nothing that codes points or boxes. What is taken (the
+    code of places above all) is where a training begins, not a decoder that works.
+    """
+    renamed = {}
+    for name, tensor in theirs.items():
+        for pattern, text in EFFICIENT_SAM:
+            name = re.sub(pattern, text, name)
+        renamed[name] = tensor
+    kept, taken = fit_decoder(own, renamed)
+    fitting = [name for name in kept if name in taken and taken[name].shape == kept[name].shape]
+    logger.info("of an EfficientSAM %d of %d tensors of the mask decoder and prompts fit", len(fitting), len(kept))
+    return {name: kept[name] for name in fitting}, {name: taken[name] for name in fitting}
 
 
 @torch.no_grad()
