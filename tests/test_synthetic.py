@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from datasets.instance_files import open_instances
 from tools.make_synthetic import parse_size
 from tools.synthetic import fetch as fetching
 from tools.synthetic import generate as generating
 from tools.synthetic.backgrounds import BACKGROUNDS, STRANGE, USUAL, open_photos
 from tools.synthetic.choose import NONE_WEIGHTS, SEVERAL_WEIGHTS, SINGLE_WEIGHTS
 from tools.synthetic.generate import Recipe, Studio, generate
-from tools.synthetic.layout import ANNOTATIONS, GREFCOCO, IMAGES, REFCOCO, SCENES, SUMMARY
+from tools.synthetic.layout import ANNOTATIONS, GREFCOCO, IMAGES, LAYOUTS, REFCOCO, SCENES, SUMMARY, novel_names
 from tools.synthetic.objects import GROUPS, Kind, list_kinds, pluralize
 from tools.synthetic.phrases import vocabulary
 from tools.synthetic.referring import Filter, Meaning, View
@@ -33,6 +34,7 @@ from tools.synthetic.sprites import CANVAS, LEVELS, SpriteSet
 from utils.errors import DataError
 
 ROOT = Path(__file__).parent.parent
+LISTS = ("names", "base", "novel")
 NAMES = (
     "cat", "dog", "cow", "deer", "apple", "lemon", "bus", "car", "taxi", "guitar", "drum", "tv", "key", "house",
     "cup of coffee", "knife", "chair", "kite", "teddy bear", "box",
@@ -511,6 +513,50 @@ def test_real_data_is_not_overwritten(sprites, tmp_path):
 def test_contact_sheet(made, tmp_path):
     write_sheet(made[0], tmp_path / "sheet.png")
     assert cv2.imread(str(tmp_path / "sheet.png")).shape[1] > 1000
+
+
+def test_names_in_the_layout_of_coco(sprites, tmp_path):
+    """The same scenes: images to the byte, masks, boxes and names; categories are what may appear."""
+    recipe = replace(RECIPE, scenes=(4, 2, 0, 1), kinds=13)
+    generate(tmp_path / "refer", recipe, sprites)
+    coco = replace(recipe, format="coco")
+    generate(tmp_path / "coco", coco, sprites)
+    assert generate(tmp_path / "coco", coco, sprites)["recipe"]["format"] == "coco"  # finished: nothing is drawn again
+    shown = [path.read_bytes() for path in sorted((tmp_path / "refer" / IMAGES).iterdir())]
+    assert shown == [path.read_bytes() for path in sorted((tmp_path / "coco" / "images").iterdir())]
+    whole = json.loads((tmp_path / "refer" / REFCOCO / "instances.json").read_text())
+    expected = {one["id"]: one | {"segmentation": one["segmentation"][0]} for one in whole["annotations"]}
+    found, counts = {}, []
+    for split in ("train", "val", "testA", "testB"):
+        content = json.loads((tmp_path / "coco" / "annotations" / f"instances_{split}.json").read_text())
+        counts.append(len(content["images"]))
+        ids = {image["id"] for image in content["images"]}
+        assert {one["image_id"] for one in content["annotations"]} == ids
+        found |= {one["id"]: one for one in content["annotations"]}
+        assert len(content["categories"]) == 13
+    assert found == expected and counts == [4, 2, 0, 1]
+    names, base, novel = (tmp_path.joinpath("coco", f"{n}.txt").read_text().split("\n") for n in LISTS)
+    assert names[:-1] == [category["name"] for category in content["categories"]]
+    assert sorted(base + novel) == sorted(["", *names]) and len(novel[:-1]) == 3
+    instances = open_instances("coco", tmp_path / "coco/annotations/instances_val.json", tmp_path / "coco/images")
+    assert instances.load(0).masks.any()
+    write_sheet(tmp_path / "coco", tmp_path / "sheet.png", "coco")
+    assert cv2.imread(str(tmp_path / "sheet.png")).any()
+
+
+def test_coco_is_not_mixed_with_what_is_there(sprites, tmp_path):
+    path = tmp_path / "annotations" / "instances_train.json"
+    path.parent.mkdir()
+    path.write_bytes(b"real")
+    with pytest.raises(DataError, match="not from this tool"):
+        generate(tmp_path, replace(RECIPE, format="coco"), sprites, overwrite=True)
+    assert path.read_bytes() == b"real" and path in [tmp_path / name for name in LAYOUTS["coco"].annotations]
+
+
+def test_novel_names_are_as_many_as_of_coco():
+    names = [kind.name for kind in list_kinds()]
+    assert len(novel_names(names[:65])) == 17 and novel_names(names[:65]) == novel_names(names[64::-1])
+    assert len(novel_names(names[:2])) == 1
 
 
 @pytest.mark.parametrize(

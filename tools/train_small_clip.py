@@ -7,6 +7,7 @@ open_clip has it, with the rows of its table of tokens that were used. A stopped
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ class Args:
     model: str = "ovsam-nano"
     """Model of the ovsam family that it is for."""
     steps: int = 500
+    """The learning rate falls to 0 until then; a stopped run may go on with another number."""
     batch_size: int = 64
     """Crops of a step, each of another name: as many as there are names at most."""
     lr: float = 2e-3
@@ -152,7 +154,7 @@ def train(args: Args, config: "OVSAMConfig", crops: Crops) -> "dict[str, Tensor]
     model = build_clip(config, len(word_ids)).train()
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
     state_file, begin = args.output.with_name(args.output.name + ".state"), 0
-    settings = {"model": args.model, "steps": args.steps, "batch_size": args.batch_size, "seed": args.seed}
+    settings = {"model": args.model, "batch_size": args.batch_size, "seed": args.seed}
     if state_file.is_file():
         state = torch.load(state_file, weights_only=True)
         if state["settings"] != settings:
@@ -166,7 +168,7 @@ def train(args: Args, config: "OVSAMConfig", crops: Crops) -> "dict[str, Tensor]
             pixels, phrases = crops.draw(np.random.default_rng([args.seed, step]), args.batch_size)
             rise = min(1.0, (step + 1) / args.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * rise * 0.5 * (1 + np.cos(np.pi * step / args.steps))
+                group["lr"] = args.lr * rise * 0.5 * (1 + math.cos(math.pi * step / args.steps))
             seen = model.encode_image(pixels, normalize=True)
             said = encode_text(model, rows_of(tokenize(phrases), word_ids))
             loss = loss_of(seen, said, model.logit_scale.exp())
@@ -175,7 +177,7 @@ def train(args: Args, config: "OVSAMConfig", crops: Crops) -> "dict[str, Tensor]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             with torch.no_grad():
-                model.logit_scale.clamp_(max=float(np.log(100)))
+                model.logit_scale.clamp_(max=math.log(100))
             if (step + 1) % 20 == 0:
                 right = float(((seen @ said.T).argmax(1) == torch.arange(len(seen))).float().mean())
                 bar.set_postfix(loss=f"{loss.item():.3f}", right=f"{right:.2f}")
