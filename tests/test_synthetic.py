@@ -523,7 +523,7 @@ def test_names_in_the_layout_of_coco(sprites, tmp_path):
     generate(tmp_path / "coco", coco, sprites)
     assert generate(tmp_path / "coco", coco, sprites)["recipe"]["format"] == "coco"  # finished: nothing is drawn again
     shown = [path.read_bytes() for path in sorted((tmp_path / "refer" / IMAGES).iterdir())]
-    assert shown == [path.read_bytes() for path in sorted((tmp_path / "coco" / "images").iterdir())]
+    assert shown == [path.read_bytes() for path in sorted((tmp_path / "coco" / "images").rglob("*.jpg"))]
     whole = json.loads((tmp_path / "refer" / REFCOCO / "instances.json").read_text())
     expected = {one["id"]: one | {"segmentation": one["segmentation"][0]} for one in whole["annotations"]}
     found, counts = {}, []

@@ -26,8 +26,8 @@ class Args:
     out: Path
     """Folder to write, as later given to --dataset_dir; a stopped run with the same options goes on."""
     format: Literal["refer", "coco"] = "refer"
-    """refer: phrases; coco: annotations/instances_SPLIT.json with the names of things, and lists of all, base and novel
-    names."""
+    """refer: phrases; coco: images/SPLIT, annotations/instances_SPLIT.json with the names of things, and lists of all,
+    base and novel names."""
     scenes: int = 5000
     """Scenes of the training split."""
     test_scenes: int | None = None

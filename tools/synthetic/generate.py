@@ -105,6 +105,7 @@ class Studio:
         self.kinds = tuple(sprites.kinds[i] for i in self.indices)
         self.speaker = Speaker(sprites.kinds, recipe.paraphrases == "held_out")
         self.images = out / LAYOUTS[recipe.format].images
+        self.folders = [f"{split}/" if recipe.format == "coco" else "" for split in SPLITS]
 
     def draw(self, split: int, index: int) -> tuple[np.ndarray, dict]:
         """Return the image and the record of one scene; what was drawn before has no influence.
@@ -116,7 +117,7 @@ class Studio:
         masks = np.stack([scene.owner == number for number in range(len(scene.things))], axis=-1)
         record = {
             "image_id": split * 10_000_000 + index + 1,
-            "file_name": f"synthetic_{SPLITS[split]}_{index:07d}.jpg",
+            "file_name": self.folders[split] + f"synthetic_{SPLITS[split]}_{index:07d}.jpg",
             "split": SPLITS[split],
             "background": scene.background,
             "things": [
@@ -286,7 +287,7 @@ def _prepare(out: Path, layout: Format, fingerprint: str, overwrite: bool) -> di
         return None
     if not overwrite:
         raise DataError(f"{out} holds synthetic scenes of other options. Give another --out, or --overwrite")
-    for path in [out / SUMMARY, *theirs, *(out / LAYOUTS[layout].images).glob("synthetic_*.jpg")]:
+    for path in [out / SUMMARY, *theirs, *(out / LAYOUTS[layout].images).rglob("synthetic_*.jpg")]:
         path.unlink(missing_ok=True)
     shutil.rmtree(out / PARTS, ignore_errors=True)
     return None

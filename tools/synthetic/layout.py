@@ -38,7 +38,7 @@ Format = Literal["refer", "coco"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a format has its images, and which files of annotations it writes, in that order."""
+    """Where a format has its images (coco: of each split in a folder), and its files of annotations as written."""
 
     images: Path
     annotations: tuple[Path, ...]
