@@ -48,8 +48,12 @@ RELEASED = {
 }
 """Published name -> segmenter, BEiT-3 scale, hub id (None: announced, but the weights were never published)."""
 
-BUNDLED = {"nano": ("efficient-sam-nano", "nano"), "nano-video": ("sam2-hiera-nano", "nano")}
-"""Name of a model that comes with the repository, in `assets/checkpoints/` -> (segmenter, BEiT-3 scale)."""
+BUNDLED = {
+    "nano": ("efficient-sam-nano", "nano"),
+    "nano-video": ("sam2-hiera-nano", "nano"),
+    "ovsam-nano": ("ovsam-nano", None),
+}
+"""Name of a model that comes with the repository, in `assets/checkpoints/` -> (segmenter, BEiT-3 scale or None)."""
 
 MODEL_TYPES = {
     "ori": "sam", "sam2": "sam2", "effi": "efficient_sam", "efficientvit": "efficientvit_sam", "ovsam": "ovsam",
@@ -76,7 +80,7 @@ def _table() -> dict[str, ModelConfig]:
             model = ModelConfig(name, family, config, scale, encoder)
             table[model.name] = model
     for name, (segmenter, scale, *_) in (RELEASED | BUNDLED).items():
-        table[name] = table[f"evf-{segmenter}-{scale}"]
+        table[name] = table[f"evf-{segmenter}-{scale}" if scale else segmenter]
     return table
 
 

@@ -5,14 +5,18 @@ python -m tools.convert_checkpoint --input FOLDER --output FOLDER --to evf-sam  
 """
 
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import FlagCreatePairsOff
 
 from configs.cli import parse
 from utils.errors import CheckpointError, run_main
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,24 @@ def main() -> int:
     model = fill_model(source, torch.device("cpu"), None if args.dtype == "keep" else DTYPES[args.dtype])
     tokenizer = find_tokenizer(source.path) if source.config.encoder is not None else None
     if args.to == "textsam":
+        _keep_names(source.path, args.output, DTYPES.get(args.dtype))
         save_model(model, args.output, tokenizer)
     else:
         save_published(model, args.output, tokenizer, args.shard_mb * 1_000_000 if args.bin else None)
     logging.getLogger(__name__).info("%s written to %s (%s layout)", source.config.name, args.output, args.to)
     return 0
+
+
+def _keep_names(source: Path, output: Path, dtype: "torch.dtype | None") -> None:
+    """Take along what lies beside a model that gives names: CLIP's text tower, and vocabularies as they are."""
+    from model.checkpoints.clip import find_text, read_text, save_text
+
+    if text := find_text(source):
+        tensors = read_text(text).items()
+        save_text(output, {name: t.to(dtype if t.is_floating_point() else t.dtype) for name, t in tensors})
+    for path in sorted(source.glob("*.safetensors")) if text else ():
+        if path.name not in ("model.safetensors", text.name):
+            shutil.copyfile(path, output / path.name)
 
 
 if __name__ == "__main__":
