@@ -5,17 +5,20 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from datasets.instance_files import open_instances
-from model.checkpoints.clip import WORD_IDS, load_text
-from model.checkpoints.load import load_model
+from model.checkpoints.clip import WORD_IDS, load_text, save_text
+from model.checkpoints.load import load_model, save_model
+from model.distill_step import take_decoder
 from model.encoders.clip_text import rows_of, tokenize
+from model.named_predictor import load_open_vocabulary
 from model.ovsam_start import take_clip
 from model.registry import model_config
-from model.vocabulary import make_vocabulary, read_vocabulary
+from model.vocabulary import make_vocabulary, read_vocabulary, save_vocabulary
 from tests.ovsam_layouts import PICO, write_scenes
+from tools import convert_checkpoint, train_small_clip
 from tools import make_vocabulary as make_vocabulary_tool
-from tools import train_small_clip
 from utils.errors import VocabularyError, run_main
 
 NAMES = ["car", "dog", "kite"]
@@ -142,3 +145,53 @@ def test_it_refuses_on_one_line(options, message, data, tmp_path, monkeypatch, c
 def test_a_state_of_another_run_is_refused(data, clip, monkeypatch):
     with pytest.raises(train_small_clip.TrainingError, match=r"state is of a run with .*'seed': 0.*Delete it"):
         train(monkeypatch, data, clip, "--seed", "1")
+
+
+def test_names_go_along_when_a_model_is_converted(clip, tmp_path, monkeypatch):
+    """The text tower in the new type, its words and vocabularies as they are; the model answers with words."""
+    model = load_model(PICO, pretrained=False)
+    text = take_clip(model, clip)
+    save_model(model, tmp_path / "model")
+    save_text(tmp_path / "model", text)
+    vocabulary = make_vocabulary(load_text(model.config.segmenter, clip), NAMES)
+    save_vocabulary(tmp_path / "model" / "vocabulary.safetensors", vocabulary)
+    paths = ["--input", str(tmp_path / "model"), "--output", str(tmp_path / "half")]
+    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *paths, "--to", "textsam", "--dtype", "fp16"])
+    assert convert_checkpoint.main() == 0
+    stored = load_file(tmp_path / "half" / "text.safetensors")
+    assert {tensor.dtype for name, tensor in stored.items() if name != WORD_IDS} == {torch.float16}
+    assert torch.equal(stored[WORD_IDS], text[WORD_IDS])
+    predictor = load_open_vocabulary(tmp_path / "half", device="cpu")
+    assert torch.equal(predictor.vocabulary.vectors, vocabulary.vectors)
+    predictor.set_vocabulary(["kite", "dog"])
+    torch.testing.assert_close(predictor.vocabulary.vectors, vocabulary.vectors[[2, 1]], atol=5e-3, rtol=0)
+
+
+def test_of_an_efficient_sam_what_fits_is_taken():
+    """Its code of places, attention and last layers; the prompts and the label token stay."""
+    torch.manual_seed(0)
+    student, teacher = load_model(PICO, pretrained=False), load_model("efficient-sam-pico", pretrained=False)
+    before = {name: tensor.clone() for name, tensor in student.segmenter.state_dict().items()}
+    assert take_decoder(student, teacher)
+    own, theirs = student.segmenter, teacher.segmenter
+    assert torch.equal(own.position_matrix, theirs.position_matrix)
+    ours, others = own.mask_decoder, theirs.mask_decoder
+    pairs = [
+        (ours.transformer.layers[1].self_attn.q_proj, others.transformer.layers[1].self_attn.q_proj),
+        (ours.transformer.layers[0].layer_norm4, others.transformer.layers[0].norm4),
+        (ours.transformer.layers[0].mlp.lin2, others.transformer.layers[0].mlp.layers[1]),
+        (ours.transformer.layer_norm_final_attn, others.transformer.norm_final_attn),
+        (ours.upscale_conv2, others.upscale2),
+        (ours.upscale_layer_norm, others.upscale_norm),
+        (ours.output_hypernetworks_mlps[0].proj_out, others.output_hypernetworks_mlps[0].layers[2]),
+        (ours.output_hypernetworks_mlps[0].layers[0], others.output_hypernetworks_mlps[0].layers[1]),
+    ]
+    for mine, its in pairs:
+        assert torch.equal(mine.weight, its.weight) and torch.equal(mine.bias, its.bias)
+    assert torch.equal(ours.mask_tokens.weight, others.mask_tokens.weight[:1])
+    same = [name for name, tensor in own.state_dict().items() if torch.equal(tensor, before[name])]
+    kept = [name for name in same if name.startswith(("prompt_encoder.", "mask_decoder."))]
+    starts = ("prompt_encoder.", "mask_decoder.iou_")
+    assert [name for name in kept if name.endswith("weight") and "norm" not in name] == [
+        name for name in before if name.startswith(starts) and name.endswith("weight") and "norm" not in name
+    ]
