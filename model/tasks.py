@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,11 @@ from utils.name_validation import NameValidation
 from utils.tokenizer import PhraseTokenizer
 from utils.validation import open_validation
 
-from .checkpoints.clip import find_text, read_text, save_text
 from .checkpoints.load import find_source, load_model, save_model
 from .checkpoints.ovsam import VOCABULARY_FILE
 from .distill_step import DistillStep, load_teacher, prepare_student, refuse_phrases, take_decoder
 from .evf import EVFModel
 from .freeze import PartReport, report
-from .name_step import NameStep, named_inputs, prepare_named_step
 from .ovsam_start import set_positions, take_clip
 from .prompt_step import PromptStep, prepare_prompted, prompt_inputs, published_names
 from .training import (
@@ -44,7 +42,9 @@ from .training import (
     restore,
 )
 from .video import VideoPredictor
-from .vocabulary import Vocabulary, read_vocabulary, save_vocabulary
+
+if TYPE_CHECKING:  # open_clip: a second that trainings without names need not wait for
+    from .vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +194,9 @@ def _prompts(config: TrainConfig, strategy: Mapping[str, Any], resume: Callable[
 
 def _names(config: TrainConfig, strategy: Mapping[str, Any], resume: Callable[[nn.Module], None]) -> Task:
     """Return the training of what names regions, and of its mask decoder."""
+    from .name_step import NameStep, named_inputs, prepare_named_step
+    from .vocabulary import read_vocabulary
+
     args = config.model
     if not args.checkpoint:
         raise TrainingError(
@@ -244,6 +247,8 @@ def prepare_named(model: EVFModel, args: ModelArgs) -> dict[str, Tensor]:
 
 
 def _read_clip(model: EVFModel, args: ModelArgs) -> dict[str, Tensor]:
+    from .checkpoints.clip import find_text, read_text
+
     if args.checkpoint:
         found = find_text(find_source(args.checkpoint))
         return read_text(found) if found else {}
@@ -260,7 +265,7 @@ def save_segmenter(
     folder: Path,
     tensors: Mapping[str, Tensor],
     text: Mapping[str, Tensor] = MappingProxyType({}),
-    vocabulary: Vocabulary | None = None,
+    vocabulary: "Vocabulary | None" = None,
 ) -> None:
     """Write a folder that `load_model`, inference.py and the mask generator take.
 
@@ -269,7 +274,11 @@ def save_segmenter(
         vocabulary: the names that it was trained with.
     """
     if text:
+        from .checkpoints.clip import save_text
+
         save_text(folder, text)
     if vocabulary is not None:
+        from .vocabulary import save_vocabulary
+
         save_vocabulary(folder / VOCABULARY_FILE, vocabulary)
     save_model(model, folder, tensors=model_tensors(model, tensors))

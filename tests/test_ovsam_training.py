@@ -1,6 +1,7 @@
 """Training of Open-Vocabulary SAM: what it starts from, dumped features, what is drawn, the step, and train.py."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -26,7 +27,7 @@ from model.recognizers.open_vocabulary import name_logits
 from model.registry import model_config
 from model.training import optimizer_groups
 from model.vocabulary import read_vocabulary
-from tests.conftest import make_picture
+from tests.conftest import ROOT, make_picture
 from tests.instance_layouts import write_lvis
 from tests.ovsam_layouts import COLOURS, PICO, ovsam, write_clip, write_scenes, write_vocabulary
 from tests.train_command import curve, records, train, train_processes
@@ -620,6 +621,14 @@ def test_two_processes_give_the_curve_of_one(data, start, tmp_path, stage):
     assert np.abs(curve(two) - curve(alone)).max() < 1e-3 * np.abs(curve(alone)).max()
     for mine, theirs in zip(records(two, "val"), records(alone, "val"), strict=True):
         assert mine.pop("group") == theirs.pop("group") and mine == pytest.approx(theirs, rel=1e-3, abs=1e-3)
+
+
+def test_other_trainings_import_no_clip():
+    code = "import sys, model.tasks; assert not {'open_clip', 'ftfy', 'timm'} & sys.modules.keys(), 'heavy import'"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_what_it_starts_from_nothing_begins(data, start, tmp_path):
