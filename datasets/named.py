@@ -28,8 +28,8 @@ from .sample import move, pin
 
 TRIES = 10
 """Cuts of an image that are drawn; the first that shows an instance counts, else the whole image."""
-AT_ONCE = 64
-"""Masks that are counted together."""
+AT_ONCE = 1 << 24
+"""Pixels of masks that are counted together: 64 MB of float32."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,9 @@ class View:
         """Return how many pixels it shows of each mask, int64 [n], without making them."""
         rows, columns = (np.bincount(self.places(axis), minlength=self.source[axis]) for axis in (0, 1))
         columns = columns.astype(np.float32)
-        starts = range(0, len(masks), AT_ONCE)
-        parts = [masks[start : start + AT_ONCE].astype(np.float32) @ columns @ rows for start in starts]
+        step = max(1, AT_ONCE // (masks.shape[1] * masks.shape[2]))
+        starts = range(0, len(masks), step)
+        parts = [masks[start : start + step].astype(np.float32) @ columns @ rows for start in starts]
         return np.concatenate(parts).astype(np.int64)
 
 

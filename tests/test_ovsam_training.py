@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import datasets.named
 from configs.nested import from_values
 from configs.training import LossArgs, OptimArgs, TrainConfig
 from datasets.images import ImageCollate, ImageFolder
@@ -243,7 +244,9 @@ def test_a_dump_is_what_the_teacher_says(data, tmp_path, monkeypatch):
 # what is drawn
 
 
-def test_a_cut_shows_the_same_of_image_and_masks():
+@pytest.mark.parametrize("at_once", [datasets.named.AT_ONCE, 1])
+def test_a_cut_shows_the_same_of_image_and_masks(at_once, monkeypatch):
+    monkeypatch.setattr(datasets.named, "AT_ONCE", at_once)
     rng = np.random.default_rng(0)
     masks = np.zeros((3, 80, 120), np.uint8)
     masks[0, 20:50, 30:90], masks[1, 5:15, 100:115], masks[2, 0, 0] = 1, 1, 1
