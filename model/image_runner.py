@@ -135,7 +135,7 @@ def _work(
     Args:
         only: the decoded image where there is a single one: it was read before the weights, to fail early.
     """
-    failed = []
+    failed, empty = [], 0
     for job in tqdm(todo, unit="image", disable=only is not None or not ranks.is_first):
         try:
             image = read_image(job.path, args.max_pixels) if only is None else only
@@ -150,6 +150,13 @@ def _work(
             continue
         record = writer.write(job, image, answer)
         append_record(writer.folder, ranks.rank, {**record, "settings": settings})
+        empty += not answer.records
+    if empty:
+        logger.warning(
+            "nothing was found on %d of %d images: no mask has a predicted IoU of %g and a stability of %g. Lower "
+            "--pred_iou_thresh or --stability_score_thresh",
+            empty, len(todo), args.pred_iou_thresh, args.stability_score_thresh,
+        )  # fmt: skip
     return failed
 
 

@@ -117,8 +117,9 @@ def test_everything(options, pico_folders, picture):
         )
 
 
-def test_nothing_found_is_a_result(options):
+def test_nothing_found_is_a_result_that_is_said(options, caplog):
     masks, folder = written(asked(options, mode="all", points_per_side=1, pred_iou_thresh=1e6))
+    assert "nothing was found on 1 of 1 images" in caplog.text and "--pred_iou_thresh" in caplog.text
     assert masks == []
     assert np.array_equal(
         np.array(Image.open(f"{folder}/picture_vis.png"))[0, 0], np.array(Image.open(options.image_path))[0, 0]
