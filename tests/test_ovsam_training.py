@@ -111,7 +111,12 @@ def test_of_sam_the_first_mask_is_taken():
     for name, tensor in student.segmenter.state_dict().items():
         stays = not name.startswith(("prompt_encoder.", "mask_decoder.")) or name.startswith("mask_decoder.iou_")
         assert torch.equal(tensor, before[name] if stays else theirs[name][: len(tensor)]), name
-    assert not take_decoder(student, segmenter("sam2-hiera-pico"))
+    other = segmenter("sam2-hiera-pico")
+    assert take_decoder(student, other)
+    theirs = other.segmenter.sam2.mask_decoder
+    for part in ("mask_tokens", "upscale_conv1"):
+        own = getattr(student.segmenter.mask_decoder, part).weight
+        assert torch.equal(own, getattr(theirs, part).weight[: len(own)]), part
 
 
 def test_places_are_sams_or_sines():
