@@ -333,7 +333,7 @@ def test_explained_variance_is_that_of_all_places():
         indices = range(4)
 
     measure = EmbeddingValidation(lambda batch: (None, torch.from_numpy(target)), {}, None, None)
-    found = summarise(measure._rows(Module(), Batch()))
+    found = summarise(measure.rows(Module(), Batch()))
     error = ((target - student) ** 2).mean()
     variance = target.var(axis=(0, 2, 3)).mean()
     assert found["mse"] == pytest.approx(error, rel=1e-4)

@@ -9,13 +9,10 @@ import cv2
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .distributed import Ranks
-from .evaluation_report import folder_name
-from .evaluator import gather
-from .metrics import over_sets
-from .visualize import save_picture, thumbnail
+from .row_validation import RowValidation
+from .visualize import thumbnail
 
 PICTURES, TILE = 6, 192
 """Images on a sheet, and the side of each of its tiles in pixels."""
@@ -30,7 +27,7 @@ class _Row:
     * `count`: places of the target; `maps`: student's and teacher's embedding, float32 [C, h, w], of the first images.
     """
 
-    index: int
+    order: int
     values: tuple[float, ...]
     sums: np.ndarray
     squares: float
@@ -38,42 +35,33 @@ class _Row:
     maps: tuple[np.ndarray, np.ndarray] | None
 
 
-class EmbeddingValidation:
-    """Measures a student on every validation set; all ranks call it.
+class EmbeddingValidation(RowValidation):
+    """Measures a student, image by image: `mse`, `relative`, `cosine` and `explained`.
+
+    `explained` is the share of the teacher's variance that the student explains: 1 is a perfect copy, 0 is no better
+    than the mean of each channel. It grows as `mse` falls.
 
     Args:
-        teacher: a `model.distill_step.Teacher`: batch -> the arguments of the step.
-        sets: by name, as `utils.validation.ValidationSet`.
-        folder: of the run; sheets go to `pictures/` below it.
+        teacher: a `model.distill_step.Teacher`: batch -> the arguments of the step; the others as of `RowValidation`.
     """
 
     best_by = "explained"
+    numbers = ("explained", *COLUMNS)
 
     def __init__(self, teacher: Any, sets: Mapping[str, Any], folder: Path, ranks: Ranks) -> None:
-        self.teacher, self.sets, self.folder, self.ranks = teacher, sets, folder, ranks
+        super().__init__(sets, folder, ranks)
+        self.teacher = teacher
 
-    def __call__(self, module: nn.Module, step: int) -> dict[str, float]:
-        """Return means over the sets of `mse`, `relative`, `cosine` and `explained`; {} where there are no sets.
-
-        `explained` is the share of the teacher's variance that the student explains: 1 is a perfect copy, 0 is no
-        better than the mean of each channel. It grows as `mse` falls.
-        """
-        return over_sets({name: self._measure(name, module, step) for name in self.sets}, ("explained", *COLUMNS))
-
-    def _measure(self, name: str, module: nn.Module, step: int) -> dict[str, float]:
-        entry, found = self.sets[name], []
-        device = next(module.parameters()).device
-        with tqdm(total=len(entry.dataset), desc=name, unit="image", disable=not self.ranks.is_first, leave=False) as b:
-            for batch in entry.batches():
-                found += self._rows(module, batch.to(device))
-                b.update(len(batch.keys) * self.ranks.world)
-        rows = sorted((row for part in gather(found, self.ranks) for row in part), key=lambda row: row.index)
-        if self.ranks.is_first:
-            picture = draw_sheet([(entry.dataset.load(row.index).image, *row.maps) for row in rows if row.maps])
-            save_picture(self.folder / "pictures" / folder_name(name) / f"step_{step:08d}.png", picture)
+    def summarise(self, rows: Sequence[_Row]) -> dict[str, float]:
+        """Return `summarise` of some images."""
         return summarise(rows)
 
-    def _rows(self, module: nn.Module, batch: Any) -> list[_Row]:
+    def sheet(self, rows: Sequence[_Row], dataset: Any) -> np.ndarray:
+        """Return `draw_sheet` of the first images."""
+        return draw_sheet([(dataset.load(row.order).image, *row.maps) for row in rows if row.maps])
+
+    def rows(self, module: nn.Module, batch: Any) -> list[_Row]:
+        """Return a row of each image; see `RowValidation.rows`."""
         pixels, target = self.teacher(batch)
         student = module.embed(pixels).float()
         target = module.fit_grid(target.float(), student)

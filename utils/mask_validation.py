@@ -1,8 +1,7 @@
 """What a training on boxes and points measures of itself: loss, IoU and boundary IoU, and a sheet of masks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -10,13 +9,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from .distributed import Ranks
-from .evaluation_report import folder_name
-from .evaluator import gather
-from .metrics import over_sets
-from .visualize import overlay, save_picture, thumbnail
+from .row_validation import RowValidation
+from .visualize import overlay, thumbnail
 
 BOUNDARY = 0.02
 """How deep the boundary of a mask goes, as a share of the image's diagonal (arXiv 2103.16562)."""
@@ -33,39 +28,26 @@ class _Row:
     masks: tuple[np.ndarray, np.ndarray] | None
 
 
-class MaskValidation:
-    """Measures a segmenter on every validation set; all ranks call it.
+class MaskValidation(RowValidation):
+    """Measures a segmenter, mask by mask: `iou`, `boundary_iou` and `loss`, means over the masks, then over the sets.
 
-    Args:
-        sets: by name, as `utils.validation.ValidationSet`.
-        folder: of the run; sheets go to `pictures/` below it.
+    The masks are those of boxes, the best of three by predicted IoU, at the resolution of the network's input.
     """
 
     best_by = "iou"
+    numbers = NAMES
 
-    def __init__(self, sets: Mapping[str, Any], folder: Path, ranks: Ranks) -> None:
-        self.sets, self.folder, self.ranks = sets, folder, ranks
+    def rows(self, module: nn.Module, batch: Any) -> list[_Row]:
+        """Return a row of each mask; see `RowValidation.rows`."""
+        return _rows(module, batch)
 
-    def __call__(self, module: nn.Module, step: int) -> dict[str, float]:
-        """Return `iou`, `boundary_iou` and `loss`, means over the masks, then over the sets; {} without sets.
-
-        The masks are those of boxes, the best of three by predicted IoU, at the resolution of the network's input.
-        """
-        return over_sets({name: self._measure(name, module, step) for name in self.sets}, NAMES)
-
-    def _measure(self, name: str, module: nn.Module, step: int) -> dict[str, float]:
-        entry, found = self.sets[name], []
-        device = next(module.parameters()).device
-        with tqdm(total=len(entry.dataset), desc=name, unit="image", disable=not self.ranks.is_first, leave=False) as b:
-            for batch in entry.batches():
-                found += _rows(module, batch.to(device))
-                b.update(len(batch.keys) * self.ranks.world)
-        rows = sorted((row for part in gather(found, self.ranks) for row in part), key=lambda row: row.order)
-        if self.ranks.is_first:
-            save_picture(
-                self.folder / "pictures" / folder_name(name) / f"step_{step:08d}.png", _draw_sheet(rows, entry.dataset)
-            )
+    def summarise(self, rows: Sequence[_Row]) -> dict[str, float]:
+        """Return the means of some masks."""
         return dict(zip(NAMES, np.mean([row.values for row in rows], axis=0).tolist(), strict=True))
+
+    def sheet(self, rows: Sequence[_Row], dataset: Any) -> np.ndarray:
+        """Return the true masks on the left and those found on the right."""
+        return _draw_sheet(rows, dataset)
 
 
 def _rows(module: nn.Module, batch: Any) -> list[_Row]:

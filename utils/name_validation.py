@@ -8,15 +8,12 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from tqdm import tqdm
 
 from .distributed import Ranks
-from .evaluation_report import folder_name
-from .evaluator import gather
 from .known_names import KnownNames
 from .label_metrics import NameMeans
-from .metrics import over_sets
-from .visualize import overlay, save_picture, thumbnail, with_legend
+from .row_validation import RowValidation
+from .visualize import overlay, thumbnail, with_legend
 
 PICTURES, TILE, LINES = 6, 320, 6
 """Images on a sheet, the side of each of its tiles in pixels, and the things that are shown of an image."""
@@ -29,50 +26,43 @@ class _Row:
     * `shown`: bool [k, h, w], small.
     """
 
-    index: int
+    order: int
     ious: np.ndarray
     labels: np.ndarray
     truth: np.ndarray
     shown: np.ndarray | None
 
 
-class NameValidation:
-    """Measures a `model.name_step.NameStep` on every validation set; all ranks call it.
+class NameValidation(RowValidation):
+    """Measures a `model.name_step.NameStep`, image by image.
+
+    The numbers are those of `NameMeans`, of base and novel names where there are instances, and `named_iou`, the mean
+    IoU where a wrong name counts as 0.
 
     Args:
-        known: the names.
-        sets: by name, as `utils.validation.ValidationSet`.
-        folder: of the run; sheets go to `pictures/` below it.
+        known: the names; the others as of `RowValidation`.
     """
 
     best_by = "named_iou"
+    numbers = ("named_iou", "miou", "score")
 
     def __init__(self, known: KnownNames, sets: Mapping[str, Any], folder: Path, ranks: Ranks) -> None:
-        self.known, self.sets, self.folder, self.ranks = known, sets, folder, ranks
+        super().__init__(sets, folder, ranks)
+        self.known = known
 
-    def __call__(self, module: nn.Module, step: int) -> dict[str, float]:
-        """Return what `NameMeans` does, of base and novel names where there are instances, and `named_iou`.
+    def rows(self, module: nn.Module, batch: Any) -> list[_Row]:
+        """Return a row of each image; see `RowValidation.rows`."""
+        masks, ious, labels = module.measure(batch)
+        counts, rows = [len(part) for part in masks], []
+        parts = zip(batch.indices, masks, *(x.split(counts) for x in (ious, labels, batch.labels)), strict=True)
+        for index, found, *numbers in parts:
+            shown = found[:LINES].cpu().numpy() if index < PICTURES else None
+            rows.append(_Row(index, *(part.cpu().numpy() for part in numbers), shown))
+        return rows
 
-        `named_iou` is the mean IoU where a wrong name counts as 0. {} where there are no sets.
-        """
-        return over_sets(
-            {name: self._measure(name, module, step) for name in self.sets}, ("named_iou", "miou", "score")
-        )
-
-    def _measure(self, name: str, module: nn.Module, step: int) -> dict[str, float]:
-        entry, found = self.sets[name], []
-        device = next(module.parameters()).device
-        with tqdm(total=len(entry.dataset), desc=name, unit="image", disable=not self.ranks.is_first, leave=False) as b:
-            for batch in entry.batches():
-                found += _rows(module, batch.to(device))
-                b.update(len(batch.keys) * self.ranks.world)
-        rows = sorted((row for part in gather(found, self.ranks) for row in part), key=lambda row: row.index)
-        if self.ranks.is_first:
-            save_picture(
-                self.folder / "pictures" / folder_name(name) / f"step_{step:08d}.png",
-                draw_sheet(rows, entry.dataset, self.known.names),
-            )
-        return self.summarise(rows)
+    def sheet(self, rows: Sequence[_Row], dataset: Any) -> np.ndarray:
+        """Return `draw_sheet` of the first images."""
+        return draw_sheet(rows, dataset, self.known.names)
 
     def summarise(self, rows: Sequence[_Row]) -> dict[str, float]:
         """Return the numbers of some images."""
@@ -85,21 +75,11 @@ class NameValidation:
         return {key: value for key, value in numbers.items() if value is not None}
 
 
-def _rows(module: nn.Module, batch: Any) -> list[_Row]:
-    masks, ious, labels = module.measure(batch)
-    counts, rows = [len(part) for part in masks], []
-    parts = zip(batch.indices, masks, *(x.split(counts) for x in (ious, labels, batch.labels)), strict=True)
-    for index, found, *numbers in parts:
-        shown = found[:LINES].cpu().numpy() if index < PICTURES else None
-        rows.append(_Row(index, *(part.cpu().numpy() for part in numbers), shown))
-    return rows
-
-
 def draw_sheet(rows: Sequence[_Row], dataset: Any, names: Sequence[str]) -> np.ndarray:
     """Return images with what was annotated on the left and what was found on the right, and both names, uint8 RGB."""
     sheet = []
     for row in (row for row in rows if row.shown is not None):
-        item = dataset.load(row.index)
+        item = dataset.load(row.order)
         pictures = [overlay(item.image, masks) for masks in (item.masks[:LINES] > 0, row.shown)]
         tiles = np.concatenate([thumbnail(picture, TILE) for picture in pictures], axis=1)
         pairs = list(zip(row.truth, row.labels, row.ious, strict=True))[:LINES]
