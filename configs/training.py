@@ -67,6 +67,9 @@ class ModelArgs:
     """Train the segmenter's image encoder too."""
     train_memory: bool | None = None
     """Train SAM 2's memory; by default where clips are trained on (data.clip_frames)."""
+    memory_dropout: float = 0.1
+    """Dropout of SAM 2's memory attention while it is trained (0 to 1, published 0.1). 0 is faster, and better for
+    short trainings."""
     lora_rank: int = 0
     """Train low-rank updates of the encoder's linear layers (peft) instead of all its weights; 0 is off."""
     lora_alpha: float = 16.0
@@ -77,6 +80,9 @@ class ModelArgs:
     def __post_init__(self) -> None:
         _require(self.lora_rank >= 0, f"model.lora_rank {self.lora_rank}: needed is 0 (off) or a rank such as 8")
         _require(self.max_length >= 3, f"model.max_length {self.max_length} leaves no room for a phrase. Default: 512")
+        _require(
+            0 <= self.memory_dropout < 1, f"model.memory_dropout {self.memory_dropout}: needed is at least 0, below 1"
+        )
         if self.checkpoint and (self.segmenter_checkpoint or self.encoder_checkpoint or self.clip_checkpoint):
             raise TrainingError(
                 "model.checkpoint holds a whole model; segmenter_checkpoint, encoder_checkpoint and clip_checkpoint "
@@ -112,6 +118,10 @@ class DataArgs:
     """Largest distance between the frames of a clip."""
     clip_start: Literal["random", "first"] = "random"
     """Where in a video a clip begins; first, where phrases are true of the first frame alone."""
+    clip_masks: float = 0.0
+    """Share of the phrases whose first frame is remembered as it was drawn, not as it was found (0 to 1): the memory
+    learns to carry a mask on exactly, and does not learn from objects that were mistaken at first. SAM 2's own training
+    begins with masks half of the time (arXiv 2408.00714, section D)."""
     flip: float = 0.0
     """Chance of mirroring an image (0 to 1). Published: none. The authors advise 0.5 for SAM-2 and nothing stronger."""
     flip_words: Literal["swap", "skip"] = "swap"
@@ -145,6 +155,8 @@ class DataArgs:
             f"data.clip_frames {self.clip_frames}: needed is 0 (images) or at least 2",
         )
         _require(0 <= self.held_out <= 0.5, f"data.held_out {self.held_out}: needed is a share from 0 to 0.5")
+        _require(0 <= self.clip_masks <= 1, f"data.clip_masks {self.clip_masks}: needed is a share from 0 to 1")
+        _require(self.clip_frames > 0 or not self.clip_masks, "data.clip_masks is for clips. Set data.clip_frames too")
         for name in ("phrases_per_image", "batch_size", "clip_stride"):
             value = getattr(self, name)
             _require(value >= 1, f"data.{name} {value}: needed is at least 1")

@@ -12,7 +12,7 @@ from utils.masks import IGNORE
 from .evf import EVFModel
 from .losses import mask_losses, point_losses
 from .segmenters.base import best_of_three, pick_images
-from .tracker import ObjectMemory, Tracker
+from .tracker import Found, ObjectMemory, Tracker
 from .types import ImageFeatures, MaskPrediction
 
 
@@ -22,13 +22,16 @@ class ClipStep(nn.Module):
     Of the decoder's masks 1 to 3 the best learns, as in SAM 2 (arXiv 2408.00714, section D). What is remembered of a
     frame is what was found on it, but whether the object is there is told: else nothing would be found at first.
 
+    Args:
+        masks: share of the objects whose first frame is remembered as it was drawn; see `DataArgs.clip_masks`.
+
     Raises:
         ModelError: not SAM 2, or without memory.
     """
 
-    def __init__(self, model: EVFModel, loss: LossArgs) -> None:
+    def __init__(self, model: EVFModel, loss: LossArgs, masks: float = 0.0) -> None:
         super().__init__()
-        self.model, self.loss = model, loss
+        self.model, self.loss, self.masks = model, loss, masks
         self.tracker = Tracker(model.segmenter)
         self.spec = model.segmenter.image_spec.for_video()
         parts = {model.segmenter.part_of(name) for name, p in model.segmenter.named_parameters() if p.requires_grad}
@@ -68,6 +71,8 @@ class ClipStep(nn.Module):
             rows.append(self._losses(prediction, truths, is_there))
             index = best_of_three(prediction)
             found = self.tracker.settle(prediction, index, index, is_there)
+            if self.masks and not frame:
+                found = self._with_masks(found, features, truths)
             for memory, kept in zip(memories, self.tracker.remember(features, found, not frame), strict=True):
                 if frame:
                     memory.keep(frame, kept, 1)
@@ -75,6 +80,18 @@ class ClipStep(nn.Module):
                     memory.prompted[frame] = kept
         losses, counts = (torch.stack(part) for part in zip(*rows, strict=True))
         return losses.sum(0) / counts.sum(0).clamp(min=1)[:, None]
+
+    def _with_masks(self, found: Found, features: ImageFeatures, truths: Sequence[Tensor]) -> Found:
+        """Return what was found, some of it as it was drawn: which objects is drawn at random.
+
+        Args:
+            truths: as `_losses`.
+        """
+        size = (self.spec.size, self.spec.size)
+        drawn = [F.interpolate((part == 1)[:, None].float(), size, mode="bilinear", antialias=True) for part in truths]
+        taken = self.tracker.take(features, torch.cat(drawn)[:, 0] > 0.5)
+        is_taken = torch.rand(len(found.scores), device=found.scores.device) < self.masks
+        return taken.where(is_taken, found)
 
     def _losses(self, prediction: MaskPrediction, truths: Sequence[Tensor], is_there: Tensor) -> tuple[Tensor, Tensor]:
         """Return the losses of a frame, float32 [N, L], and which objects count, float32 [N].

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from configs.training import LossArgs, ModelArgs
+from configs.training import DataArgs, LossArgs, ModelArgs
 from utils.errors import TrainingError
 
 from .checkpoints.load import build_model
@@ -19,8 +19,7 @@ from .types import EncoderOutput
 TRAINED_DECODERS = frozenset({"sam", "efficient_sam", "efficientvit_sam", "ovsam"})
 """Families whose mask decoder and "no mask" prompt are trained; SAM-2 stays as it is (EVF-SAM, issue #45)."""
 
-
-DEFAULT_LOSS = LossArgs()
+DEFAULT_LOSS, IMAGES = LossArgs(), DataArgs()
 PROBED_FRAMES = 3
 """Of a clip: one is prompted, one remembers it, one remembers that which was not prompted."""
 
@@ -35,11 +34,11 @@ class PartReport:
     idle: int
 
 
-def choose_trained(model: EVFModel, args: ModelArgs, clip_frames: int = 0) -> None:
+def choose_trained(model: EVFModel, args: ModelArgs, data: DataArgs = IMAGES) -> None:
     """Set `requires_grad` of every parameter by part.
 
     Args:
-        clip_frames: of the clips that are trained on, 0 for images.
+        data: says whether it is trained on images or clips.
 
     Raises:
         TrainingError: the model has no encoder, or nothing would be trained.
@@ -53,7 +52,7 @@ def choose_trained(model: EVFModel, args: ModelArgs, clip_frames: int = 0) -> No
         "image_encoder": args.train_image_encoder,
         "mask_decoder": with_decoder if args.train_mask_decoder is None else args.train_mask_decoder,
         "prompt_encoder": with_decoder if args.train_prompt_encoder is None else args.train_prompt_encoder,
-        "memory": clip_frames > 0 if args.train_memory is None else args.train_memory,
+        "memory": data.clip_frames > 0 if args.train_memory is None else args.train_memory,
     }
     model.requires_grad_(False)
     model.encoder.requires_grad_(args.train_encoder and not args.lora_rank)
@@ -74,7 +73,7 @@ class Probe:
     outside: list[str]
 
 
-def leave_out_idle(model: EVFModel, loss: LossArgs = DEFAULT_LOSS, clip_frames: int = 0) -> Probe:
+def leave_out_idle(model: EVFModel, loss: LossArgs = DEFAULT_LOSS, data: DataArgs = IMAGES) -> Probe:
     """Take `requires_grad` from parameters that no gradient can reach, and return what was found.
 
     The last encoder layer computes one vector, so its text half is idle; so are the mask token and,
@@ -85,7 +84,7 @@ def leave_out_idle(model: EVFModel, loss: LossArgs = DEFAULT_LOSS, clip_frames: 
     """
     if loss.iou and model.segmenter.masks_per_prompt == 1:
         raise TrainingError(f"{model.config.name} predicts no IoU of its masks: the loss cannot have iou {loss.iou:g}")
-    return leave_out_unreached(model, partial(_run_all, loss=loss, clip_frames=clip_frames))
+    return leave_out_unreached(model, partial(_run_all, loss=loss, data=data))
 
 
 def leave_out_unreached(model: EVFModel, run: Callable[[EVFModel], Iterable[Tensor]]) -> Probe:
@@ -113,19 +112,19 @@ def leave_out_unreached(model: EVFModel, run: Callable[[EVFModel], Iterable[Tens
     return Probe({name: parameter.numel() for name, parameter in idle.items()}, outside)
 
 
-def _run_all(shapes: EVFModel, loss: LossArgs, clip_frames: int) -> list[Tensor]:
+def _run_all(shapes: EVFModel, loss: LossArgs, data: DataArgs) -> list[Tensor]:
     """Return what a loss of phrases reads."""
     with torch.device("meta"):
         encoder, segmenter = shapes.encoder.image_spec.size, shapes.segmenter.image_spec.size
         pixels, small = torch.empty(1, 3, segmenter, segmenter), torch.empty(1, 3, encoder, encoder)
         ids = torch.empty(1, 4, dtype=torch.long)
     said, read = EncoderOutput(None), []
-    if clip_frames:
-        frames = min(clip_frames, PROBED_FRAMES)
+    if data.clip_frames:
+        frames = min(data.clip_frames, PROBED_FRAMES)
         masks = torch.empty(1, frames, segmenter, segmenter, dtype=torch.uint8, device="meta")
         first = torch.zeros(1, dtype=torch.long, device="meta")
         clip = pixels[:, None].expand(-1, frames, -1, -1, -1)
-        read.append(ClipStep(shapes, loss)(clip, small, ids, None, first, [masks]))
+        read.append(ClipStep(shapes, loss, data.clip_masks)(clip, small, ids, None, first, [masks]))
     elif loss.needs_masks:
         output = shapes(pixels, small, ids, **loss.asked())
         said, read = output.encoder, [output.logits, *([output.scores] if loss.iou else [])]

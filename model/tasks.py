@@ -113,8 +113,8 @@ def open_task(
 
 def _phrases(config: TrainConfig, strategy: Mapping[str, Any], resume: Callable[[nn.Module], None]) -> Task:
     """Return the training of a whole EVF-SAM, on images or clips."""
-    trained = prepare_model(config.model, config.loss, config.data.clip_frames)
-    step = build_step(trained.model, config.loss, config.data.clip_frames)
+    trained = prepare_model(config.model, config.loss, config.data)
+    step = build_step(trained.model, config.loss, config.data)
     resume(step)
     cache = open_cache(step, config.data.feature_cache, config.optim.precision, strategy)
     inputs = open_inputs(step, cache)

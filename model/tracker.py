@@ -6,7 +6,7 @@ settings are those that EVF-SAM runs SAM 2 with.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import cv2
 import numpy as np
@@ -80,6 +80,14 @@ class Found:
         """Return each object by itself, N = 1."""
         parts = (getattr(self, name).split(1) for name in ("logits", "scores", "object_scores", "pointers"))
         return [Found(*row) for row in zip(*parts, strict=True)]
+
+    def where(self, choice: Tensor, other: "Found") -> "Found":
+        """Return these objects where `choice`, bool [N], is true, and those of another elsewhere."""
+
+        def pick(mine: Tensor, its: Tensor) -> Tensor:
+            return torch.where(choice.view(-1, *[1] * (mine.ndim - 1)), mine, its.to(mine.dtype))
+
+        return Found(*(pick(getattr(self, key.name), getattr(other, key.name)) for key in fields(Found)))
 
     def with_logits(self, logits: Tensor) -> "Found":
         """Return the same with other masks."""

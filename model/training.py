@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.training import LossArgs, ModelArgs, OptimArgs
+from configs.training import DataArgs, LossArgs, ModelArgs, OptimArgs
 from utils.errors import CheckpointError, MissingPackageError, TrainingError
 from utils.feature_cache import FeatureCache, digest_of
 from utils.tokenizer import PhraseTokenizer
@@ -20,7 +20,7 @@ from .checkpoints.load import find_source, load_model, save_model
 from .checkpoints.rules import OURS, KeyMap, check_keys, named_tensors
 from .clip_step import ClipStep
 from .evf import EVFModel
-from .freeze import DEFAULT_LOSS, PartReport, Probe, choose_trained, leave_out_idle, part_of, report
+from .freeze import DEFAULT_LOSS, IMAGES, PartReport, Probe, choose_trained, leave_out_idle, part_of, report
 from .losses import contrast_losses, iou_losses, mask_losses, place_losses, point_losses, pointing_losses
 from .types import ImageFeatures
 
@@ -138,12 +138,12 @@ class Trainable:
         save_model(self.model, folder, self.tokenizer.path, model_tensors(self.model, tensors))
 
 
-def prepare_model(args: ModelArgs, loss: LossArgs = DEFAULT_LOSS, clip_frames: int = 0) -> Trainable:
+def prepare_model(args: ModelArgs, loss: LossArgs = DEFAULT_LOSS, data: DataArgs = IMAGES) -> Trainable:
     """Load or build a model on the CPU in float32 and freeze what is not trained.
 
     Args:
         loss: says which parts get a gradient.
-        clip_frames: of the clips that are trained on, 0 for images.
+        data: says whether it is trained on images or clips.
 
     Raises:
         TextSAMError: a checkpoint, name or tokenizer cannot be used.
@@ -168,17 +168,29 @@ def prepare_model(args: ModelArgs, loss: LossArgs = DEFAULT_LOSS, clip_frames: i
         raise TrainingError(
             "model.tokenizer is not set. Give the sentencepiece file that the encoder was trained with (beit3.spm)"
         )
-    choose_trained(model, args, clip_frames)
+    choose_trained(model, args, data)
     tokenizer = PhraseTokenizer(path, min(args.max_length, model.encoder.config.max_text_tokens), "truncate")
     if tokenizer.vocab_size > model.encoder.config.vocab_size:
         raise TrainingError(
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, but the encoder's table "
             f"{model.encoder.config.vocab_size}. Take the tokenizer that the encoder was trained with"
         )
-    idle = partial(leave_out_idle, model, loss, clip_frames)
+    idle = partial(leave_out_idle, model, loss, data)
     probe = add_lora(model, args.lora_rank, args.lora_alpha, idle) if args.lora_rank else idle()
     model.encoder.gradient_checkpointing = args.gradient_checkpointing
+    if data.clip_frames:
+        set_memory_dropout(model.segmenter, args.memory_dropout)
     return Trainable(model, tokenizer, report(model, probe.idle), [f"model.{name}" for name in probe.outside])
+
+
+def set_memory_dropout(segmenter: nn.Module, share: float) -> None:
+    """Set the dropout of SAM 2's memory attention; other segmenters have none."""
+    attention = getattr(getattr(segmenter, "sam2", None), "memory_attention", None)
+    for module in attention.modules() if attention is not None else ():
+        if isinstance(module, nn.Dropout):
+            module.p = share
+        elif hasattr(module, "dropout_p"):
+            module.dropout_p = share
 
 
 def take_phrases(model: EVFModel, other: EVFModel, name: str) -> None:
@@ -274,13 +286,13 @@ def restore(step: TrainingStep | ClipStep, folder: Path, extra: Mapping[str, Ten
             step.get_parameter(name).copy_(tensor)
 
 
-def build_step(model: EVFModel, loss: LossArgs, clip_frames: int = 0) -> TrainingStep | ClipStep:
-    """Return a model with its loss, over clips or, where `clip_frames` is 0, over images.
+def build_step(model: EVFModel, loss: LossArgs, data: DataArgs = IMAGES) -> TrainingStep | ClipStep:
+    """Return a model with its loss, over clips or images.
 
     Raises:
         ModelError: clips, and a model without memory.
     """
-    return ClipStep(model, loss) if clip_frames else TrainingStep(model, loss)
+    return ClipStep(model, loss, data.clip_masks) if data.clip_frames else TrainingStep(model, loss)
 
 
 class BatchInputs:

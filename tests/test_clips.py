@@ -17,7 +17,8 @@ from datasets.clips import ClipCollate, ClipMixture
 from datasets.videos import open_video_set
 from model.clip_step import ClipStep
 from model.freeze import choose_trained, leave_out_idle
-from model.training import ClipInputs, optimizer_groups
+from model.tracker import Found
+from model.training import ClipInputs, optimizer_groups, set_memory_dropout
 from model.video import VideoPredictor
 from tests.conftest import PICO, ROOT, TOKENIZER, pico_model
 from tests.test_synthetic import draw_sprites
@@ -31,6 +32,7 @@ from utils.tokenizer import PhraseTokenizer
 
 RECIPE = ClipRecipe(Recipe(seed=5, width=128, height=112), (5, 2), 10)
 LOSS = LossArgs(points=256, iou=0.5, presence=0.5)
+CLIPS_OF_4 = DataArgs(clip_frames=4)
 
 
 @pytest.fixture(scope="module")
@@ -189,11 +191,11 @@ def test_hidden_labels_and_broken_frames(made, tmp_path):
 # --- learning ---
 
 
-def make_step(loss=LOSS, model=None, **trained):
+def make_step(loss=LOSS, model=None, data=CLIPS_OF_4, **trained):
     model = pico_model("sam2") if model is None else model
-    choose_trained(model, ModelArgs(train_mask_decoder=True, **trained), clip_frames=4)
-    leave_out_idle(model, loss, clip_frames=4)
-    return ClipStep(model, loss)
+    choose_trained(model, ModelArgs(train_mask_decoder=True, **trained), data)
+    leave_out_idle(model, loss, data)
+    return ClipStep(model, loss, data.clip_masks)
 
 
 def make_batch(made, step, positions=(0, 1)):
@@ -229,6 +231,63 @@ def test_all_of_the_memory_learns(made):
     memory = {name: p for name, p in segmenter.named_parameters() if segmenter.part_of(name) == "memory"}
     idle = [name for name, p in memory.items() if not p.requires_grad]
     assert all("no_memory_positional" in name or "mask_downsample" in name for name in idle)
+
+
+def test_a_mask_can_begin_a_clip(made):
+    """What is remembered of the first frame is then the mask itself, and all that reads masks learns."""
+    step = make_step(data=DataArgs(clip_frames=4, clip_masks=1.0))
+    batch, kept = make_batch(made, step), []
+    remember = step.tracker.remember
+
+    def listen(features, found, is_prompted):
+        kept.append((found, is_prompted))
+        return remember(features, found, is_prompted)
+
+    step.tracker.remember = listen
+    step(*ClipInputs()(batch)).sum().backward()
+    (first, is_prompted), (second, _), *_ = kept
+    assert is_prompted
+    masks = torch.cat([part[:, 0] for part in batch.masks]).float()
+    small = torch.nn.functional.interpolate(masks[:, None], first.logits.shape[-2:], mode="area")[:, 0]
+    is_clear = (small < 0.05) | (small > 0.95)
+    assert torch.equal((first.logits > 0)[is_clear], (small > 0.5)[is_clear])
+    assert not torch.equal((second.logits > 0)[is_clear], (small > 0.5)[is_clear])
+    assert step.model.segmenter.sam2.mask_downsample.weight.grad.abs().sum() > 0
+
+
+def test_which_objects_begin_with_masks_is_drawn(made):
+    step = make_step(data=DataArgs(clip_frames=4, clip_masks=0.5))
+    batch, shares = ClipInputs()(make_batch(made, step)), []
+    where = Found.where
+
+    def listen(taken, choice, found):
+        shares.append(choice.float().mean().item())
+        return where(taken, choice, found)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(Found, "where", listen)
+        for seed in range(20):
+            torch.manual_seed(seed)
+            step(*batch)
+    assert 0.3 < np.mean(shares) < 0.7
+    assert len(set(shares)) > 1
+
+
+def test_memory_dropout(made):
+    """Without it a training sees what an evaluation sees."""
+    step = make_step()
+    batch = ClipInputs()(make_batch(made, step))
+
+    def difference(share):
+        set_memory_dropout(step.model.segmenter, share)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            one = step.train()(*batch)
+            torch.manual_seed(0)
+            return (one - step.eval()(*batch)).abs().max().item()
+
+    assert difference(0.0) < 1e-6
+    assert difference(0.5) > 1e-4
 
 
 def test_clips_do_not_depend_on_each_other(made):
@@ -294,10 +353,10 @@ def test_frames_without_labels_give_no_loss(made):
 def test_what_is_trained_by_default():
     model = pico_model("sam2")
     part = partial(map, lambda pair: model.segmenter.part_of(pair[0]))
-    choose_trained(model, ModelArgs(), clip_frames=4)
+    choose_trained(model, ModelArgs(), CLIPS_OF_4)
     trained = set(part([(n, p) for n, p in model.segmenter.named_parameters() if p.requires_grad]))
     assert trained == {"memory"}
-    choose_trained(model, ModelArgs(train_encoder=False, train_projector=False), clip_frames=0)
+    choose_trained(model, ModelArgs(train_encoder=False, train_projector=False))
     assert not any(p.requires_grad for p in model.parameters())
 
 
@@ -323,6 +382,8 @@ def test_families_without_memory(family):
     [
         ({}, {"presence": 1.0}, "loss.presence is for clips"),
         ({"clip_frames": 4}, {"pointing": 1.0}, "loss.pointing"),
+        ({"clip_masks": 0.5}, {}, "data.clip_masks is for clips"),
+        ({"clip_frames": 4, "clip_masks": 1.5}, {}, "data.clip_masks 1.5"),
         ({"clip_frames": 4, "flip": 0.5}, {}, "data.flip is for images"),
         ({"clip_frames": 4, "stray_words": 0.5}, {}, "data.stray_words is for images"),
         ({"clip_frames": 4, "feature_cache": "x"}, {}, "data.feature_cache is for images"),
