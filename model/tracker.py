@@ -17,6 +17,7 @@ from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoPosition
 
 from utils.errors import ModelError
 
+from .segmenters import sam2_memory
 from .segmenters.base import PROMPT_WIDTH, best_of_three
 from .segmenters.sam2 import SAM2Segmenter
 from .types import ImageFeatures, MaskPrediction, Prompts
@@ -216,8 +217,8 @@ class Tracker:
         side = self.segmenter.config.image_size
         logits = F.interpolate(found.logits[:, None].float(), (side, side), mode="bilinear", align_corners=False)
         share = (logits > 0).float() if is_prompted else logits.sigmoid()
-        image = features.embedding.expand(len(logits), -1, -1, -1)
-        maps, _ = self.sam2.memory_encoder(image, (share * MASK_SCALE + MASK_BIAS).to(image.dtype))
+        image = features.embedding
+        maps = sam2_memory.remember(self.sam2.memory_encoder, image, (share * MASK_SCALE + MASK_BIAS).to(image.dtype))
         hidden = self.sam2.occlusion_spatial_embedding_parameter
         if hidden is not None:
             maps = maps + (found.object_scores <= 0).to(maps.dtype)[:, None, None, None] * hidden[..., None, None]
@@ -278,16 +279,10 @@ class Tracker:
         ages = self._pointer_ages([offset for offset, _ in recall.pointers], length, places)
         keys = torch.cat([maps.to(dtype), pointers.to(dtype).reshape(len(members), -1, maps.shape[-1])], dim=1)
         places = torch.cat([places, ages.repeat_interleave(splits, dim=0)])
-        own_places = self._positions(shape, embedding.device, dtype).flatten(2).permute(2, 0, 1)
-        flat = embedding.flatten(2).permute(2, 0, 1).expand(-1, len(members), -1)
-        seen = self.sam2.memory_attention(
-            current_vision_features=flat,
-            current_vision_position_embeddings=own_places,
-            memory=keys.transpose(0, 1),
-            memory_posision_embeddings=places[:, None],
-            num_object_pointer_tokens=splits * len(recall.pointers),
-        )
-        return seen.reshape(len(members), -1, shape[1]).transpose(1, 2).reshape(len(members), *shape[1:])
+        own_places = self._positions(shape, embedding.device, dtype).flatten(2).transpose(1, 2)
+        flat, tokens = embedding.flatten(2).transpose(1, 2), splits * len(recall.pointers)
+        seen = sam2_memory.attend(self.sam2.memory_attention, flat, own_places, keys, places, tokens)
+        return seen.transpose(1, 2).reshape(len(members), *shape[1:])
 
     def _pointer_ages(self, offsets: Sequence[int], length: int | None, places: Tensor) -> Tensor:
         """Return the time code of pointers, [P, 64]: 0 in SAM 2.0."""

@@ -9,6 +9,7 @@ from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenc
 
 from model.checkpoints.load import build_model
 from model.registry import model_config
+from model.segmenters import sam2_memory
 from model.tracker import MAPS, NO_OBJECT, POINTERS, Tracker, fill_holes
 from model.video import VideoPredictor
 from tests.conftest import PICO, TOKENIZER, make_picture, pico_model
@@ -217,6 +218,49 @@ def test_points_boxes_and_masks_as_in_the_library(model, frames, kind):
     for found, logits in zip(video.propagate(), expected, strict=True):
         assert (found.masks[0] != (logits > 0).numpy()).mean() < 2e-3
     assert any((one > 0).any() and (one < 0).any() for one in expected)
+
+
+def library_memory(sam2, frame, places, memory, memory_places, pointers):
+    """Return what the library's own forward makes of the same, with a copy of the frame for each object."""
+    seen = sam2.memory_attention(
+        current_vision_features=frame.expand(len(memory), -1, -1).transpose(0, 1),
+        current_vision_position_embeddings=places.transpose(0, 1),
+        memory=memory.transpose(0, 1),
+        memory_posision_embeddings=memory_places[:, None],
+        num_object_pointer_tokens=pointers,
+    )
+    return seen.reshape(len(memory), -1, seen.shape[-1])
+
+
+@pytest.mark.parametrize("pointers", [0, 12])
+@pytest.mark.parametrize("objects", [1, 3])
+def test_memory_attention_is_the_library_s(model, objects, pointers):
+    """If this fails after an update, the library's layers changed: compare them with `segmenters/sam2_memory.py`."""
+    sam2, side = model.segmenter.sam2, model.segmenter.config.image_size // 16
+    torch.manual_seed(1)
+    own, places = torch.randn(1, side**2, 256, requires_grad=True), torch.randn(1, side**2, 256)
+    tokens = 3 * side**2 + pointers
+    rest = torch.randn(objects, tokens, 64), torch.randn(tokens, 64), pointers
+    expected = library_memory(sam2, own, places, *rest)
+    found = sam2_memory.attend(sam2.memory_attention, own, places, *rest)
+    assert (found - expected).abs().max() < 2e-5
+    target = torch.randn_like(found)
+    parameters = [own, *sam2.memory_attention.parameters()]
+    pair = [torch.autograd.grad(((seen - target) ** 2).sum(), parameters) for seen in (found, expected)]
+    for mine, its in zip(*pair, strict=True):
+        assert (mine - its).abs().max() <= 1e-2 * its.abs().max() + 1e-5
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rough = sam2_memory.attend(sam2.memory_attention, own, places, *rest)
+    assert (rough - expected).abs().mean() < 0.02 * expected.abs().mean()
+
+
+def test_memory_encoder_is_the_library_s(model):
+    encoder, side = model.segmenter.sam2.memory_encoder, model.segmenter.config.image_size // 16
+    torch.manual_seed(1)
+    image, masks = torch.randn(1, 256, side, side), torch.randn(3, 1, 16 * side, 16 * side) * 10
+    with torch.no_grad():
+        expected, _ = encoder(image.expand(3, -1, -1, -1), masks)
+        assert (sam2_memory.remember(encoder, image, masks) - expected).abs().max() < 1e-5
 
 
 def test_sam_2_1_as_in_the_library(frames):
