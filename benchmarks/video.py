@@ -19,6 +19,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
 from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
@@ -128,10 +129,25 @@ def public_follower(model: EVFModel, frames: list[np.ndarray], folder: Path) -> 
     return follow
 
 
+def count_operations(run: Callable[[], Any]) -> int:
+    """Return the multiplications and additions of matrix products and convolutions in a run."""
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={on_cpu: _attention_operations}) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def _attention_operations(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
 def speed(args: Args) -> list[dict[str, Any]]:
-    """Return seconds per frame, and ratios to the library and to one object."""
+    """Return seconds per frame, and ratios to the library and to one object.
+
+    `operations/one` is how many times the arithmetic of one object is needed: what a machine at one speed would take.
+    """
     model, frames, rows = load(args.model), list(pictures(args.frames)), []
-    first = 0.0
+    first, fewest = 0.0, 0
     for count in args.objects or (1, 4, 16):
         runs: dict[str, Callable[[], Any]] = {
             "ours": lambda count=count: follow_ours(model, frames, count),
@@ -141,12 +157,14 @@ def speed(args: Args) -> list[dict[str, Any]]:
             if args.public and count == 1:
                 runs["public"] = public_follower(model, frames, Path(folder))
             seconds = take_turns(runs, args.rounds, torch.device("cpu"))
-        first = first or seconds["ours"]
+        operations = count_operations(runs["ours"])
+        first, fewest = first or seconds["ours"], fewest or operations
         row = {f"{name}_frames_per_s": args.frames / value for name, value in seconds.items()}
         ratios = {f"ours/{name}": seconds["ours"] / value for name, value in seconds.items() if name != "ours"}
         target = "ours/library <= 1" if count == 1 else "ours/one <= 1.6" if count == 4 else ""
         rows.append({"question": f"following objects, {args.model}, {args.frames} frames", "name": f"{count} objects",
-                     **row, **ratios, "ours/one": seconds["ours"] / first, "target": target})  # fmt: skip
+                     **row, **ratios, "ours/one": seconds["ours"] / first, "operations/one": operations / fewest,
+                     "target": target})  # fmt: skip
     return rows
 
 
