@@ -4,7 +4,6 @@ The published repository has its result alone; arXiv 2402.05008 says: the L2 dis
 """
 
 import logging
-import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,6 +20,7 @@ from utils.feature_cache import FeatureCache, FlatFeatures, digest_of
 from utils.image import ImageSpec
 
 from .checkpoints.load import load_model
+from .checkpoints.rules import rename
 from .evf import EVFModel
 from .freeze import Probe, leave_out_unreached
 from .ovsam_start import fit_decoder, fit_efficient_sam
@@ -210,8 +210,7 @@ def _as_sam(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not name.startswith(SAM2_DECODER) or any(part in name for part in SAM2_ALONE):
             continue
-        for pattern, text in SAM2_TO_SAM:
-            name = re.sub(pattern, text, name)
+        name = rename(name, SAM2_TO_SAM)
         if name == "prompt_encoder.point_embed.weight":
             renamed |= {f"prompt_encoder.point_embed.{i}.weight": row[None] for i, row in enumerate(tensor)}
         else:

@@ -5,7 +5,6 @@ Source: arXiv 2401.02955. Of SAM's mask decoder the first mask is kept; what pre
 
 import logging
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from utils.errors import CheckpointError
 
 from .checkpoints import evf_sam, ovsam
 from .checkpoints.load import fill_tensors, load_model
-from .checkpoints.rules import KeyMap, Section, named_tensors
+from .checkpoints.rules import KeyMap, Section, named_tensors, rename
 from .evf import EVFModel
 from .registry import find_config
 
@@ -114,11 +113,7 @@ def fit_efficient_sam(
     That is no SAM: it has other activations and shortcuts, and nothing that codes points or boxes. What is taken (the
     code of places above all) is where a training begins, not a decoder that works.
     """
-    renamed = {}
-    for name, tensor in theirs.items():
-        for pattern, text in EFFICIENT_SAM:
-            name = re.sub(pattern, text, name)
-        renamed[name] = tensor
+    renamed = {rename(name, EFFICIENT_SAM): tensor for name, tensor in theirs.items()}
     kept, taken = fit_decoder(own, renamed)
     fitting = [name for name in kept if name in taken and taken[name].shape == kept[name].shape]
     logger.info("of an EfficientSAM %d of %d tensors of the mask decoder and prompts fit", len(fitting), len(kept))

@@ -5,7 +5,6 @@ prompt encoder, sam2clip_*.pth the neck, clip2sam_*.pth the mask decoder and wha
 """
 
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from utils.errors import CheckpointError, compress_names
 
 from .files import TensorFile
-from .rules import Format
+from .rules import Format, rename
 from .sam import SAM
 
 STEM = tuple(
@@ -182,6 +181,4 @@ def published_name(name: str) -> str:
         if name.startswith(start):
             name = ours + name.removeprefix(start)
             break
-    for pattern, replacement in BACKBONE:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return rename(name, BACKBONE)

@@ -16,6 +16,13 @@ Rules = tuple[tuple[str, str], ...]
 """(regular expression, replacement) pairs, applied in order to a name."""
 
 
+def rename(name: str, rules: Rules) -> str:
+    """Apply rules to a name."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 @dataclass(frozen=True)
 class Format:
     """A published key layout of one part of a model.
@@ -48,9 +55,6 @@ class KeyMap:
 
     def __init__(self, names: Iterable[str], sections: tuple[Section, ...]) -> None:
         self.sections = sections
-        self._rules = {
-            id(section): [(re.compile(pattern), text) for pattern, text in section.format.rules] for section in sections
-        }
         self.theirs = {name: self._translate(name) for name in names}
         self.ours = {their: our for our, theirs in self.theirs.items() for their in theirs}
         if len(self.ours) != sum(map(len, self.theirs.values())):
@@ -62,9 +66,7 @@ class KeyMap:
         if rest in section.format.split:
             template, rows = section.format.split[rest]
             return tuple(section.theirs + template.format(i) for i in range(rows))
-        for pattern, replacement in self._rules[id(section)]:
-            rest = pattern.sub(replacement, rest)
-        return (section.theirs + rest,)
+        return (section.theirs + rename(rest, section.format.rules),)
 
     def describe(self, their_name: str) -> str:
         """Return what a published tensor belongs to, in words."""
