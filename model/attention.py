@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+MAX_SCORES = 2**24
+"""Of one head, where attention is written out: more would take more memory than the time is worth."""
+
 
 @cache
 def has_flash_attention() -> bool:
@@ -43,18 +46,31 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, padding: Tenso
         return rearrange(flash_attn_func(*parts), "n t g c -> n t (g c)")
     mask = None if padding is None else ~padding[:, None, None, :]
     parts = (rearrange(tokens, "n t (g c) -> n g t c", g=heads) for tokens in (query, key, value))
-    kernel = _plain_attention if _is_plain_faster(query) else F.scaled_dot_product_attention
-    return rearrange(kernel(*parts, attn_mask=mask), "n g t c -> n t (g c)")
+    return rearrange(attend_heads(*parts, mask), "n g t c -> n t (g c)")
 
 
-def _is_plain_faster(query: Tensor) -> bool:
+def attend_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of heads that are apart already, by torch's kernel or, where that is faster, written out.
+
+    Args:
+        query: [N, G, Q, C]; key, value: [N, G, K, C].
+        mask: bool [N, 1, 1, K], True where there is weight; None where there is weight everywhere.
+
+    Returns:
+        [N, G, Q, C].
+    """
+    kernel = _plain_attention if _is_plain_faster(query, key) else F.scaled_dot_product_attention
+    return kernel(query, key, value, mask)
+
+
+def _is_plain_faster(query: Tensor, key: Tensor) -> bool:
     """Return whether to write attention out: torch's CPU kernel is two to six times slower backwards in bf16."""
-    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled()
+    is_slow = query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled()
+    return is_slow and query.shape[-2] * key.shape[-2] <= MAX_SCORES
 
 
-def _plain_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
-    """As torch's kernel: [N, G, Q, C], [N, G, K, C] twice and bool [N, 1, 1, K], True where there is weight."""
+def _plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value

@@ -29,10 +29,10 @@ from utils.tokenizer import UNK, PhraseTokenizer
 SCENES = ROOT / "assets" / "scenes"
 FLOOR = 0.45
 """Mean IoU over the phrases of the scenes; the model card has the real figure."""
-LABELS = (2, 4, 3)
-"""Of the demo's phrases: swan, hourglass, biggest pill."""
-VIDEO_FLOOR = 0.3
-"""Mean IoU of the demo's phrases on four frames, 0.34 when written: the clip is longer than those it learned from."""
+LABELS = (1, 3, 4, 5)
+"""Of the demo's phrases: the lower of two crowns, dartboard, syringe, hippo."""
+VIDEO_FLOOR = 0.55
+"""Mean IoU of the demo's phrases where they are seen on four frames, 0.71 when written."""
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_it_is_the_default(tmp_path):
 
 
 def test_a_phrase_follows_its_object(tmp_path):
-    """Through the demo's clip, in which the hourglass leaves and comes back; labels of some frames are beside it."""
+    """Through the demo's clip, in which the crown leaves and comes back; labels of some frames are beside it."""
     clip = str(ROOT / "assets" / "clip.mp4")
     assert run_video(VideoArgs(image_path=clip, prompt=PHRASES, vis_save_path=str(tmp_path), device="cpu")) == 0
     frames = {f["frame"]: f for f in json.loads((tmp_path / "results.json").read_text())["frames"]}
@@ -113,7 +113,13 @@ def test_a_phrase_follows_its_object(tmp_path):
     for path in sorted((ROOT / "assets" / "clip_labels").glob("*.png")):
         labels = np.array(Image.open(path))
         for thing, label in zip(frames[int(path.stem)]["objects"], LABELS, strict=True):
-            overlaps.append(iou(decode_rle(thing["segmentation"]), labels == label))
+            found, truth = decode_rle(thing["segmentation"]) > 0, labels == label
+            if truth.any():
+                overlaps.append(iou(found, truth))
+            else:
+                assert found.sum() < 100  # nor is the other crown, which is there, taken for it
+    assert len(overlaps) == 15
+    assert overlaps[-4] > 0.6  # found again after it was away
     assert np.mean(overlaps) > VIDEO_FLOOR
     assert (tmp_path / "clip.mp4").is_file()
 

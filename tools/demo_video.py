@@ -6,7 +6,7 @@ from pathlib import Path
 from configs.cli import parse
 from utils.errors import run_main
 
-PHRASES = ("the swan", "the hourglass", "the biggest pill")
+PHRASES = ("the bottommost crown", "the dartboard", "the syringe", "the left hippo")
 
 
 @dataclass(frozen=True)

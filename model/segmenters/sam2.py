@@ -11,6 +11,7 @@ from transformers.models.sam2.modeling_sam2 import do_pool
 from configs.schema import SAM2Config
 from utils.image import ImageSpec
 
+from ..attention import attend_heads
 from ..types import ImageFeatures, MaskPrediction, Prompts
 from .base import (
     Segmenter,
@@ -260,7 +261,7 @@ class HieraAttention(nn.Module):
             pooled = do_pool(query.reshape(batch, height, width, -1), self.query_stride)
             height, width = pooled.shape[1:3]
             query = pooled.reshape(batch, height * width, self.heads, -1)
-        attended = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        attended = attend_heads(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         return self.proj(attended.transpose(1, 2).reshape(batch, height, width, -1))
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention import attend_heads
 from .base import in_parts
 
 ROTARY_BASE = 10000.0
@@ -69,10 +70,10 @@ def _attention(part: nn.Module, query: Tensor, key: Tensor, value: Tensor, code:
     query, key, value = part.q_proj(query), part.k_proj(key), part.v_proj(value)
     rotate_(query, code)
     rotate_(key[:, : key.shape[1] - pointers], code)
-    query = query.expand(len(key), -1, -1)
-    dropout = part.dropout_p if part.training else 0.0
-    seen = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None], dropout_p=dropout)
-    return part.o_proj(seen[:, 0])
+    heads = query.expand(len(key), -1, -1)[:, None], key[:, None], value[:, None]
+    if part.training and part.dropout_p:
+        return part.o_proj(F.scaled_dot_product_attention(*heads, dropout_p=part.dropout_p)[:, 0])
+    return part.o_proj(attend_heads(*heads)[:, 0])
 
 
 def _mlp(layer: nn.Module, rows: Tensor) -> Tensor:
