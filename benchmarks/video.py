@@ -147,7 +147,7 @@ def speed(args: Args) -> list[dict[str, Any]]:
     `operations/one` is how many times the arithmetic of one object is needed: what a machine at one speed would take.
     """
     model, frames, rows = load(args.model), list(pictures(args.frames)), []
-    first, fewest = 0.0, 0
+    one: tuple[float, int] | None = None
     for count in args.objects or (1, 4, 16):
         runs: dict[str, Callable[[], Any]] = {
             "ours": lambda count=count: follow_ours(model, frames, count),
@@ -157,13 +157,13 @@ def speed(args: Args) -> list[dict[str, Any]]:
             if args.public and count == 1:
                 runs["public"] = public_follower(model, frames, Path(folder))
             seconds = take_turns(runs, args.rounds, torch.device("cpu"))
-        operations = count_operations(runs["ours"])
-        first, fewest = first or seconds["ours"], fewest or operations
+        ours = seconds["ours"], count_operations(runs["ours"])
+        one = one or ours
         row = {f"{name}_frames_per_s": args.frames / value for name, value in seconds.items()}
         ratios = {f"ours/{name}": seconds["ours"] / value for name, value in seconds.items() if name != "ours"}
         target = "ours/library <= 1" if count == 1 else "ours/one <= 1.6" if count == 4 else ""
         rows.append({"question": f"following objects, {args.model}, {args.frames} frames", "name": f"{count} objects",
-                     **row, **ratios, "ours/one": seconds["ours"] / first, "operations/one": operations / fewest,
+                     **row, **ratios, "ours/one": ours[0] / one[0], "operations/one": ours[1] / one[1],
                      "target": target})  # fmt: skip
     return rows
 

@@ -68,8 +68,7 @@ class ModelArgs:
     train_memory: bool | None = None
     """Train SAM 2's memory; by default where clips are trained on (data.clip_frames)."""
     memory_dropout: float = 0.1
-    """Dropout of SAM 2's memory attention while it is trained (0 to 1, published 0.1). 0 is faster, and better for
-    short trainings."""
+    """Dropout of SAM 2's memory attention while it is trained (0 to 1, published 0.1). 0 is faster."""
     lora_rank: int = 0
     """Train low-rank updates of the encoder's linear layers (peft) instead of all its weights; 0 is off."""
     lora_alpha: float = 16.0

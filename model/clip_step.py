@@ -23,15 +23,15 @@ class ClipStep(nn.Module):
     frame is what was found on it, but whether the object is there is told: else nothing would be found at first.
 
     Args:
-        masks: share of the objects whose first frame is remembered as it was drawn; see `DataArgs.clip_masks`.
+        drawn: share of the objects whose first frame is remembered as it was drawn; see `DataArgs.clip_masks`.
 
     Raises:
         ModelError: not SAM 2, or without memory.
     """
 
-    def __init__(self, model: EVFModel, loss: LossArgs, masks: float = 0.0) -> None:
+    def __init__(self, model: EVFModel, loss: LossArgs, drawn: float = 0.0) -> None:
         super().__init__()
-        self.model, self.loss, self.masks = model, loss, masks
+        self.model, self.loss, self.drawn = model, loss, drawn
         self.tracker = Tracker(model.segmenter)
         self.spec = model.segmenter.image_spec.for_video()
         parts = {model.segmenter.part_of(name) for name, p in model.segmenter.named_parameters() if p.requires_grad}
@@ -71,8 +71,8 @@ class ClipStep(nn.Module):
             rows.append(self._losses(prediction, truths, is_there))
             index = best_of_three(prediction)
             found = self.tracker.settle(prediction, index, index, is_there)
-            if self.masks and not frame:
-                found = self._with_masks(found, features, truths)
+            if self.drawn and not frame:
+                found = self._with_drawn(found, features, truths)
             for memory, kept in zip(memories, self.tracker.remember(features, found, not frame), strict=True):
                 if frame:
                     memory.keep(frame, kept, 1)
@@ -81,16 +81,16 @@ class ClipStep(nn.Module):
         losses, counts = (torch.stack(part) for part in zip(*rows, strict=True))
         return losses.sum(0) / counts.sum(0).clamp(min=1)[:, None]
 
-    def _with_masks(self, found: Found, features: ImageFeatures, truths: Sequence[Tensor]) -> Found:
+    def _with_drawn(self, found: Found, features: ImageFeatures, truths: Sequence[Tensor]) -> Found:
         """Return what was found, some of it as it was drawn: which objects is drawn at random.
 
         Args:
             truths: as `_losses`.
         """
         size = (self.spec.size, self.spec.size)
-        drawn = [F.interpolate((part == 1)[:, None].float(), size, mode="bilinear", antialias=True) for part in truths]
-        taken = self.tracker.take(features, torch.cat(drawn)[:, 0] > 0.5)
-        is_taken = torch.rand(len(found.scores), device=found.scores.device) < self.masks
+        sized = [F.interpolate((part == 1)[:, None].float(), size, mode="bilinear", antialias=True) for part in truths]
+        taken = self.tracker.take(features, torch.cat(sized)[:, 0] > 0.5)
+        is_taken = torch.rand(len(found.scores), device=found.scores.device) < self.drawn
         return taken.where(is_taken, found)
 
     def _losses(self, prediction: MaskPrediction, truths: Sequence[Tensor], is_there: Tensor) -> tuple[Tensor, Tensor]:

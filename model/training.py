@@ -179,14 +179,13 @@ def prepare_model(args: ModelArgs, loss: LossArgs = DEFAULT_LOSS, data: DataArgs
     probe = add_lora(model, args.lora_rank, args.lora_alpha, idle) if args.lora_rank else idle()
     model.encoder.gradient_checkpointing = args.gradient_checkpointing
     if data.clip_frames:
-        set_memory_dropout(model.segmenter, args.memory_dropout)
+        set_memory_dropout(model.segmenter.sam2, args.memory_dropout)
     return Trainable(model, tokenizer, report(model, probe.idle), [f"model.{name}" for name in probe.outside])
 
 
-def set_memory_dropout(segmenter: nn.Module, share: float) -> None:
-    """Set the dropout of SAM 2's memory attention; other segmenters have none."""
-    attention = getattr(getattr(segmenter, "sam2", None), "memory_attention", None)
-    for module in attention.modules() if attention is not None else ():
+def set_memory_dropout(sam2: nn.Module, share: float) -> None:
+    """Set the dropout of SAM 2's memory attention."""
+    for module in sam2.memory_attention.modules():
         if isinstance(module, nn.Dropout):
             module.p = share
         elif hasattr(module, "dropout_p"):

@@ -279,7 +279,7 @@ def test_memory_dropout(made):
     batch = ClipInputs()(make_batch(made, step))
 
     def difference(share):
-        set_memory_dropout(step.model.segmenter, share)
+        set_memory_dropout(step.model.segmenter.sam2, share)
         torch.manual_seed(0)
         with torch.no_grad():
             one = step.train()(*batch)

@@ -39,33 +39,36 @@ class MaskValidation(RowValidation):
 
     def rows(self, module: nn.Module, batch: Any) -> list[_Row]:
         """Return a row of each mask; see `RowValidation.rows`."""
-        return _rows(module, batch)
+        logits, losses = module.measure(batch)
+        rows = []
+        parts = zip(logits.split([len(part) for part in batch.masks]), batch.masks, batch.sizes, strict=True)
+        start = 0
+        for index, (part, truth, (height, width)) in zip(batch.indices, parts, strict=True):
+            full = F.interpolate(part[:, None].float(), truth.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+            found, truth = full > 0, truth > 127
+            values = torch.stack([mask_iou(found, truth), boundary_iou(found, truth)], 1).tolist()
+            for place, row in enumerate(values):
+                masks = None
+                if index < PICTURES:
+                    masks = (found[place, :height, :width].cpu().numpy(), truth[place, :height, :width].cpu().numpy())
+                rows.append(_Row((index, place), (*row, float(losses[start + place])), masks))
+            start += len(part)
+        return rows
 
     def summarise(self, rows: Sequence[_Row]) -> dict[str, float]:
         """Return the means of some masks."""
         return dict(zip(NAMES, np.mean([row.values for row in rows], axis=0).tolist(), strict=True))
 
     def sheet(self, rows: Sequence[_Row], dataset: Any) -> np.ndarray:
-        """Return the true masks on the left and those found on the right."""
-        return _draw_sheet(rows, dataset)
-
-
-def _rows(module: nn.Module, batch: Any) -> list[_Row]:
-    logits, losses = module.measure(batch)
-    rows = []
-    parts = zip(logits.split([len(part) for part in batch.masks]), batch.masks, batch.sizes, strict=True)
-    start = 0
-    for index, (part, truth, (height, width)) in zip(batch.indices, parts, strict=True):
-        full = F.interpolate(part[:, None].float(), truth.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-        found, truth = full > 0, truth > 127
-        values = torch.stack([mask_iou(found, truth), boundary_iou(found, truth)], 1).tolist()
-        for place, row in enumerate(values):
-            masks = None
-            if index < PICTURES:
-                masks = (found[place, :height, :width].cpu().numpy(), truth[place, :height, :width].cpu().numpy())
-            rows.append(_Row((index, place), (*row, float(losses[start + place])), masks))
-        start += len(part)
-    return rows
+        """Return images with the true masks on the left and those found on the right, a row each, uint8 RGB."""
+        sheet, kept = [], [row for row in rows if row.masks]
+        for index in dict.fromkeys(row.order[0] for row in kept):
+            pairs = [row.masks for row in kept if row.order[0] == index]
+            height, width = pairs[0][0].shape
+            image = cv2.resize(dataset.load(index).item.image, (width, height), interpolation=cv2.INTER_AREA)
+            pictures = [overlay(image, np.stack([pair[which] for pair in pairs])) for which in (1, 0)]
+            sheet.append(np.concatenate([thumbnail(picture, TILE) for picture in pictures], axis=1))
+        return np.concatenate(sheet)
 
 
 def mask_iou(found: Tensor, truth: Tensor) -> Tensor:
@@ -86,15 +89,3 @@ def boundaries(masks: Tensor) -> Tensor:
     window = 2 * depth + 1  # a square is eroded by its rows, then by its columns
     near = F.max_pool2d(F.max_pool2d(outside, (1, window), 1), (window, 1), 1)[:, 0]
     return masks & (near > 0)
-
-
-def _draw_sheet(rows: Sequence[_Row], dataset: Any) -> np.ndarray:
-    """Return images with the true masks on the left and those found on the right, a row each, uint8 RGB."""
-    sheet, kept = [], [row for row in rows if row.masks]
-    for index in dict.fromkeys(row.order[0] for row in kept):
-        pairs = [row.masks for row in kept if row.order[0] == index]
-        height, width = pairs[0][0].shape
-        image = cv2.resize(dataset.load(index).item.image, (width, height), interpolation=cv2.INTER_AREA)
-        pictures = [overlay(image, np.stack([pair[which] for pair in pairs])) for which in (1, 0)]
-        sheet.append(np.concatenate([thumbnail(picture, TILE) for picture in pictures], axis=1))
-    return np.concatenate(sheet)

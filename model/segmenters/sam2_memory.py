@@ -5,6 +5,8 @@ attention to itself before it meets the first memory, and its projection for the
 they lie, instead of being copied six times, and the MLP runs on a few rows at a time.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,9 +61,8 @@ def attend(
         seen = seen + layer.dropout1(_attention(layer.self_attn, own, own, own, code))
         crossed = _attention(layer.cross_attn_image, layer.layer_norm2(seen), keys, memory, code, pointers)
         seen = seen + layer.dropout2(crossed)
-        seen = seen + in_parts(lambda rows, layer=layer: _mlp(layer, rows), seen.unflatten(1, (side, side))).flatten(
-            1, 2
-        )
+        widened = in_parts(partial(_mlp, layer), seen.unflatten(1, (side, side)))
+        seen = seen + widened.flatten(1, 2)
     return attention.layer_norm(seen)
 
 
